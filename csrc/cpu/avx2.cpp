@@ -1,0 +1,161 @@
+// AVX2 with BMI2 (Haswell, Zen 1 and later): it has no compress, so that bytes of the bitmap look up shuffles.
+#include "shuffle_tables.h"
+#include "vector_tile.h"
+
+namespace pyfacts::cpu {
+namespace {
+
+// For each byte, the lane of 8 from which each lane with its bit set comes when they are unpacked; -128 without.
+struct Ranks {
+  alignas(64) int8_t of[256][8];
+  constexpr Ranks() : of() {
+    for (int byte = 0; byte < 256; ++byte) {
+      int n = 0;
+      for (int bit = 0; bit < 8; ++bit) {
+        of[byte][bit] = static_cast<int8_t>(((byte >> bit) & 1) != 0 ? n++ : -128);
+      }
+    }
+  }
+};
+constexpr Ranks kRanks;
+
+__m256i load256(const uint8_t* bytes) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)); }
+void store256(uint8_t* bytes, __m256i x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(bytes), x); }
+
+struct Avx2 {
+  static void flush() {}
+
+  static void clear(uint8_t* out, int64_t n_bytes) {
+    for (int64_t i = 0; i < n_bytes; i += 32) store256(out + i, _mm256_setzero_si256());
+  }
+  static void move_line(const uint8_t* from, uint8_t* to) {
+    store256(to, load256(from));
+    store256(to + 32, load256(from + 32));
+  }
+  static void stream_line(const uint8_t* from, uint8_t* to) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), load256(from));
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + 32), load256(from + 32));
+  }
+  static void end_streaming() { _mm_sfence(); }
+
+  // Lanes of all ones where x is not stored. Magnitudes are below the sign bit: signed compares order them.
+  template <typename T, bool plain>
+  static __m256i not_stored(__m256i x, const Predicate& p) {
+    if constexpr (sizeof(T) == 2) {
+      const __m256i masked = _mm256_and_si256(x, _mm256_set1_epi16(static_cast<int16_t>(p.mask)));
+      if constexpr (plain) return _mm256_cmpeq_epi16(masked, _mm256_setzero_si256());
+      const __m256i stored =
+          _mm256_or_si256(_mm256_cmpgt_epi16(masked, _mm256_set1_epi16(static_cast<int16_t>(p.floor))),
+                          _mm256_cmpeq_epi16(x, _mm256_set1_epi16(static_cast<int16_t>(p.also))));
+      return _mm256_xor_si256(stored, _mm256_set1_epi8(-1));
+    } else {
+      const __m256i masked = _mm256_and_si256(x, _mm256_set1_epi32(static_cast<int32_t>(p.mask)));
+      if constexpr (plain) return _mm256_cmpeq_epi32(masked, _mm256_setzero_si256());
+      const __m256i stored =
+          _mm256_or_si256(_mm256_cmpgt_epi32(masked, _mm256_set1_epi32(static_cast<int32_t>(p.floor))),
+                          _mm256_cmpeq_epi32(x, _mm256_set1_epi32(static_cast<int32_t>(p.also))));
+      return _mm256_xor_si256(stored, _mm256_set1_epi8(-1));
+    }
+  }
+
+  // 32 bits of the bitmap: lanes are narrowed to bytes, whose signs movemask gathers.
+  template <typename T, bool plain>
+  static uint32_t bitmap32(const uint8_t* x, const Predicate& p) {
+    if constexpr (sizeof(T) == 2) {
+      const __m256i bytes =
+          _mm256_packs_epi16(not_stored<T, plain>(load256(x), p), not_stored<T, plain>(load256(x + 32), p));
+      return ~static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_permute4x64_epi64(bytes, 0b11011000)));
+    } else {
+      uint32_t bits = 0;
+      for (int64_t k = 0; k < 4; ++k) {
+        const __m256 lanes = _mm256_castsi256_ps(not_stored<T, plain>(load256(x + 32 * k), p));
+        bits |= static_cast<uint32_t>(_mm256_movemask_ps(lanes)) << (8 * k);
+      }
+      return ~bits;
+    }
+  }
+
+  template <typename T, bool plain>
+  static void make_bitmap(const uint8_t* x, const Predicate& p, const uint8_t* ahead, uint64_t* words) {
+    constexpr int64_t kHalfWordBytes = 32 * sizeof(T);
+    for (int64_t i = 0; i < 4; ++i) {
+      const uint8_t* at = x + 2 * i * kHalfWordBytes;
+      words[i] = bitmap32<T, plain>(at, p) | uint64_t{bitmap32<T, plain>(at + kHalfWordBytes, p)} << 32;
+      for (int64_t line = 0; line < 2 * kHalfWordBytes; line += kLineBytes) {
+        _mm_prefetch(reinterpret_cast<const char*>(ahead + 2 * i * kHalfWordBytes + line), _MM_HINT_T0);
+      }
+    }
+  }
+
+  template <typename T>
+  static void pack(const uint8_t* x, const uint64_t* words, uint8_t* values) {
+    if constexpr (sizeof(T) == 2) {
+      pack_by_shuffles(x, words, values);
+      return;
+    }
+    for (int64_t i = 0; i < 4; ++i) {
+      for (int64_t k = 0; k < 8; ++k) {
+        const auto byte = static_cast<uint8_t>(words[i] >> (8 * k));
+        const __m256i from = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(kBitPositions.of[byte])));
+        store256(values, _mm256_permutevar8x32_epi32(load256(x + 256 * i + 32 * k), from));
+        values += 4 * _mm_popcnt_u32(byte);
+      }
+    }
+  }
+
+  template <typename T>
+  static void pack_both(const uint8_t* x, const uint64_t* words, int64_t, uint8_t* index, uint8_t* values) {
+    pack_positions(words, index);
+    pack<T>(x, words, values);
+  }
+
+  template <typename T>
+  static void unpack(const uint8_t* values, const uint64_t* words, uint8_t* out) {
+    if constexpr (sizeof(T) == 2) {
+      unpack_by_shuffles(values, words, out);
+      return;
+    }
+    for (int64_t i = 0; i < 4; ++i) {
+      for (int64_t k = 0; k < 8; ++k) {
+        const auto byte = static_cast<uint8_t>(words[i] >> (8 * k));
+        const __m256i from = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kRanks.of[byte])));
+        const __m256i moved = _mm256_permutevar8x32_epi32(load256(values), from);
+        store256(out + 256 * i + 32 * k, _mm256_andnot_si256(_mm256_srai_epi32(from, 31), moved));
+        values += 4 * _mm_popcnt_u32(byte);
+      }
+    }
+  }
+
+  template <typename T>
+  static bool any_zero(const uint8_t* values, int64_t n, uint32_t zero_mask) {
+    constexpr int64_t kLanes = 32 / sizeof(T);
+    uint32_t zeros = 0;
+    for (int64_t i = 0; i < n; i += kLanes) {
+      const auto n_bytes = static_cast<uint32_t>(n - i < kLanes ? (n - i) * sizeof(T) : 32);
+      const __m256i v = load256(values + i * sizeof(T));
+      __m256i zero;
+      if constexpr (sizeof(T) == 2) {
+        zero = _mm256_cmpeq_epi16(_mm256_and_si256(v, _mm256_set1_epi16(static_cast<int16_t>(zero_mask))),
+                                  _mm256_setzero_si256());
+      } else {
+        zero = _mm256_cmpeq_epi32(_mm256_and_si256(v, _mm256_set1_epi32(static_cast<int32_t>(zero_mask))),
+                                  _mm256_setzero_si256());
+      }
+      zeros |= static_cast<uint32_t>(_mm256_movemask_epi8(zero)) & _bzhi_u32(~0u, n_bytes);
+    }
+    return zeros != 0;
+  }
+
+  static bool ascending(const uint8_t* index, int64_t n) {
+    const __m256i here = load256(index);
+    const __m256i not_above = _mm256_cmpeq_epi8(_mm256_max_epu8(here, load256(index + 1)), here);
+    return (static_cast<uint32_t>(_mm256_movemask_epi8(not_above)) & _bzhi_u32(~0u, static_cast<uint32_t>(n - 1))) == 0;
+  }
+};
+
+}  // namespace
+
+const Kernels kKernelsAvx2 = {"avx2", encode<Avx2, uint16_t>, encode<Avx2, uint32_t>, decode<Avx2, uint16_t>,
+                              decode<Avx2, uint32_t>};
+
+}  // namespace pyfacts::cpu

@@ -1,0 +1,130 @@
+// The torch-free CPU interface to the encoding: what ops.cpp and the storage library call.
+//
+// Nothing here throws for bad data: functions that read an encoding return a Status that says what is
+// wrong and where. Callers own all buffers.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+
+#include "../format.h"
+
+namespace pyfacts::cpu {
+
+// Spreads [0, n) over threads: calls body(begin, end, context) on disjoint ranges that cover it.
+// The signature is that of torch_parallel_for's callback, so torch's own pool can serve.
+using ParallelBody = void (*)(int64_t begin, int64_t end, void* context);
+using ParallelFor = void (*)(int64_t n, ParallelBody body, void* context);
+void run_serially(int64_t n, ParallelBody body, void* context);
+
+enum class Fault : uint8_t {
+  none,
+  index_size,       // the index plane has other bytes than the counts ask for
+  values_size,      // the value plane has other values than the counts ask for
+  tile_ptr,         // a tile start differs from the sum of the counts before it
+  count_too_large,  // a count byte exceeds the column's width
+  position_order,   // positions are not strictly ascending
+  position_range,   // a position is at or beyond the column's width
+  bitmap_count,     // a bitmap's popcount differs from its count byte
+  bitmap_sparse,    // a bitmap stands where positions are due (popcount <= ceil(w/8) behind a larger count)
+  spare_bits,       // bits beyond the column's width are set in a bitmap
+  stored_zero,      // a stored value is zero where none may be
+};
+const char* describe(Fault fault);
+
+struct Status {
+  Fault fault = Fault::none;
+  int64_t column = -1;
+  int64_t token = -1;
+  bool ok() const { return fault == Fault::none; }
+};
+
+// A canonical encoding in memory. Only `n_tokens`, `n_features` and the plane sizes are trusted.
+struct Encoding {
+  DType dtype;
+  int64_t n_tokens;
+  int64_t n_features;
+  const uint8_t* counts;  // [n_columns, n_tokens]
+  const uint8_t* index;   // [index_bytes]
+  int64_t index_bytes;
+  const void* values;  // [n_values] of dtype
+  int64_t n_values;
+  const int64_t* tile_ptr;  // [n_columns, n_tiles, 2]
+};
+
+// The planes to be written; sizes as above.
+struct Planes {
+  uint8_t* counts;
+  uint8_t* index;
+  void* values;
+  int64_t* tile_ptr;
+};
+
+// What a value must satisfy to be stored: |x| > min_abs or NaN, or (keep_negative_zero) x is -0.0.
+struct Keep {
+  double min_abs = 0.0;  // >= 0
+  bool signed_zero = false;
+};
+
+// Encodes a matrix whose rows arrive in order and whose packed size is not known beforehand.
+// append() packs rows into staging memory, in parallel over tiles; finish() lays the columns out.
+class Encoder {
+ public:
+  // `counts` [n_columns, n_tokens] is written by append.
+  Encoder(DType dtype, int64_t n_tokens, int64_t n_features, Keep keep, uint8_t* counts);
+  ~Encoder();
+  // rows: [n_rows, n_features], unit feature stride, `row_stride` elements between rows (any alignment).
+  // n_rows is a multiple of kTileTokens, but for the last call.
+  void append(const void* rows, int64_t row_stride, int64_t n_rows, ParallelFor parallel_for);
+  int64_t index_bytes() const;
+  int64_t n_values() const;
+  // Writes index, values and tile_ptr once all n_tokens rows have come.
+  void finish(uint8_t* index, void* values, int64_t* tile_ptr, ParallelFor parallel_for);
+
+ private:
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+// Checks counts, plane sizes and tile_ptr against each other: after it, every segment lies in bounds.
+Status check_layout(const Encoding& encoding, ParallelFor parallel_for);
+
+// Checks everything: the layout, positions, bitmaps, and that no zero is stored
+// (-0.0 passes if signed_zero).
+Status check(const Encoding& encoding, bool signed_zero, ParallelFor parallel_for);
+
+// Writes the dense matrix [n_tokens, n_features] with `row_stride` elements between rows; checks all that check()
+// checks on the way.
+Status decode(const Encoding& encoding, bool signed_zero, void* out, int64_t row_stride, ParallelFor parallel_for);
+
+// Tile starts of one column from its counts and index; also the column's totals. Reads no more than `index_bytes`.
+// tile_ptr [n_tiles, 2] gets starts relative to the column's own.
+Status column_starts(const uint8_t* counts, const uint8_t* index, int64_t index_bytes, int64_t n_tokens, int64_t width,
+                     int64_t* tile_ptr, int64_t* index_total, int64_t* values_total);
+
+// One feature: tokens [n], ascending, and values [n]. Returns n through `n_found`;
+// with tokens == nullptr it only counts. Checks the segments it reads.
+Status neuron(const Encoding& encoding, int64_t feature, int64_t* tokens, void* values, int64_t* n_found);
+
+// CSR: crow [n_tokens + 1], col [n_values] ascending within a row, values [n_values].
+Status to_csr(const Encoding& encoding, int64_t* crow, int64_t* col, void* values, ParallelFor parallel_for);
+
+// Tokens [start, stop): first the sizes, then the planes.
+Status slice_sizes(const Encoding& encoding, int64_t start, int64_t stop, int64_t* index_bytes, int64_t* n_values);
+Status slice(const Encoding& encoding, int64_t start, int64_t stop, const Planes& out, ParallelFor parallel_for);
+
+// Stacks encodings of equal dtype and n_features by token. Sizes add up.
+Status cat(const Encoding* encodings, int64_t n_encodings, const Planes& out, ParallelFor parallel_for);
+
+// Adds to per-feature statistics [n_features] of the stored values: how many, their sum, sum of squares, and maximum
+// (NaN counts in nnz and sum, never in the maximum).
+Status add_feature_stats(const Encoding& encoding, int64_t* nnz, double* sum, double* sum_sq, float* maximum);
+
+// The instruction set in use: "scalar", "avx2", "avx512" or "avx512vbmi2"; PYFACTS_ISA forces one.
+const char* isa();
+// Why PYFACTS_ISA could not be honoured, or nullptr. Then isa() is the best that the CPU has.
+const char* isa_error();
+// Names of those this CPU runs, best last; nullptr-terminated.
+const char* const* available_isas();
+
+}  // namespace pyfacts::cpu

@@ -1,0 +1,109 @@
+// Portable kernels: what the vector variants must agree with, byte for byte, and the only ones off x86-64.
+#include <cstring>
+
+#include "kernels.h"
+
+namespace pyfacts::cpu {
+namespace {
+
+template <typename T>
+T load(const uint8_t* bytes) {
+  T value;
+  std::memcpy(&value, bytes, sizeof(T));
+  return value;
+}
+
+bool is_stored(uint32_t bits, const Predicate& p) { return (bits & p.mask) > p.floor || bits == p.also; }
+
+// Packs one segment; returns its count byte.
+template <typename T>
+uint8_t encode_segment(const uint8_t* x, int64_t width, const Predicate& p, uint8_t*& index, uint8_t*& values) {
+  uint8_t positions[kColumnWidth];
+  int64_t n = 0;
+  for (int64_t j = 0; j < width; ++j) {
+    const T bits = load<T>(x + j * sizeof(T));
+    if (!is_stored(bits, p)) continue;
+    positions[n] = static_cast<uint8_t>(j);
+    std::memcpy(values + n * sizeof(T), &bits, sizeof(T));
+    ++n;
+  }
+  const int64_t bitmap = (width + 7) / 8;
+  if (n <= bitmap) {
+    std::memcpy(index, positions, n);
+    index += n;
+  } else {
+    std::memset(index, 0, bitmap);
+    for (int64_t i = 0; i < n; ++i) index[positions[i] / 8] |= static_cast<uint8_t>(1u << positions[i] % 8);
+    index += bitmap;
+  }
+  values += n * sizeof(T);
+  return static_cast<uint8_t>(n < kCountSaturated ? n : kCountSaturated);
+}
+
+template <typename T>
+void encode(const EncodeTile& tile) {
+  for (int64_t row = 0; row < tile.n_rows; ++row) {
+    const uint8_t* x = tile.rows + row * tile.row_bytes;
+    for (int64_t c = 0; c < tile.n_columns; ++c) {
+      const int64_t width = c + 1 < tile.n_columns ? kColumnWidth : tile.last_width;
+      tile.counts[row * kGroupColumns + c] =
+          encode_segment<T>(x + c * kColumnWidth * sizeof(T), width, tile.predicate, tile.index[c], tile.values[c]);
+    }
+  }
+}
+
+// Writes one segment into `out`, zeros included; false if it breaks the format.
+template <typename T>
+bool decode_segment(uint8_t count, int64_t width, uint32_t zero_mask, const uint8_t*& index, const uint8_t*& values,
+                    uint8_t* out) {
+  uint8_t positions[kColumnWidth];
+  const int64_t bitmap = (width + 7) / 8;
+  int64_t n = count;
+  bool ok = true;
+  if (n <= bitmap) {
+    for (int64_t i = 0; i < n; ++i) {
+      positions[i] = index[i];
+      ok &= positions[i] < width && (i == 0 || positions[i] > positions[i - 1]);
+    }
+    index += n;
+  } else {
+    n = 0;
+    for (int64_t j = 0; j < bitmap * 8; ++j) {
+      if (((index[j / 8] >> (j % 8)) & 1) == 0) continue;
+      ok &= j < width;
+      positions[n++] = static_cast<uint8_t>(j);
+    }
+    ok &= n == count || (count == kCountSaturated && n == kColumnWidth);
+    index += bitmap;
+  }
+  if (!ok) return false;
+  std::memset(out, 0, width * sizeof(T));
+  for (int64_t i = 0; i < n; ++i) {
+    const T bits = load<T>(values + i * sizeof(T));
+    ok &= (bits & zero_mask) != 0;
+    std::memcpy(out + positions[i] * sizeof(T), &bits, sizeof(T));
+  }
+  values += n * sizeof(T);
+  return ok;
+}
+
+template <typename T>
+bool decode(const DecodeTile& tile) {
+  for (int64_t row = 0; row < tile.n_rows; ++row) {
+    uint8_t* out = tile.out + row * tile.row_bytes;
+    for (int64_t c = 0; c < tile.n_columns; ++c) {
+      const int64_t width = c + 1 < tile.n_columns ? kColumnWidth : tile.last_width;
+      if (!decode_segment<T>(tile.counts[row * kGroupColumns + c], width, tile.zero_mask, tile.index[c], tile.values[c],
+                             out + c * kColumnWidth * sizeof(T))) {
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
+const Kernels kKernelsScalar = {"scalar", encode<uint16_t>, encode<uint32_t>, decode<uint16_t>, decode<uint32_t>};
+
+}  // namespace pyfacts::cpu

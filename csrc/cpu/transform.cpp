@@ -1,0 +1,263 @@
+// What can be done with an encoding without making it dense: slices, stacks, one feature, CSR, statistics.
+// They walk segments one by one (see segments.h) and move packed bytes.
+#include <cmath>
+#include <cstring>
+#include <memory>
+
+#include "encoding.h"
+#include "parallel.h"
+#include "segments.h"
+
+namespace pyfacts::cpu {
+namespace {
+
+// Where a column's segment of one token starts in the planes.
+struct Offsets {
+  int64_t index;
+  int64_t value;
+};
+
+// The layout of the column must have been checked. token may be n_tokens.
+Offsets locate(const Encoding& encoding, int64_t column, int64_t token) {
+  const int64_t last_tile = n_tiles(encoding.n_tokens) - 1;
+  const int64_t tile = token / kTileTokens < last_tile ? token / kTileTokens : last_tile;
+  ColumnReader segment(encoding, column, tile);
+  while (segment.token() < token) segment.next();
+  const auto* values = static_cast<const uint8_t*>(encoding.values);
+  return {segment.index() - encoding.index, (segment.values() - values) / item_bytes(encoding.dtype)};
+}
+
+// A column's part of the tokens [start, stop) of one encoding, to be copied.
+struct Piece {
+  const Encoding* encoding;
+  Offsets begin;
+  Offsets end;
+  int64_t start;
+  int64_t stop;
+};
+
+// Appends a piece at the cursors of the output's planes.
+void copy_piece(const Piece& piece, int64_t column, int64_t item, uint8_t** counts, uint8_t** index, uint8_t** values) {
+  const Encoding& e = *piece.encoding;
+  const auto append = [](uint8_t** out, const void* from, int64_t first_byte, int64_t n_bytes) {
+    if (n_bytes > 0) std::memcpy(*out, static_cast<const uint8_t*>(from) + first_byte, n_bytes);
+    *out += n_bytes;
+  };
+  append(counts, e.counts, column * e.n_tokens + piece.start, piece.stop - piece.start);
+  append(index, e.index, piece.begin.index, piece.end.index - piece.begin.index);
+  append(values, e.values, piece.begin.value * item, (piece.end.value - piece.begin.value) * item);
+}
+
+// Recomputes one finished column's starts, which begin at `base` in the planes.
+Status write_starts(const Planes& out, int64_t column, int64_t n_tokens, int64_t width, Offsets base,
+                    int64_t index_bytes) {
+  int64_t index_total;
+  int64_t values_total;
+  int64_t* starts = out.tile_ptr + 2 * column * n_tiles(n_tokens);
+  const Status status = column_starts(out.counts + column * n_tokens, out.index + base.index, index_bytes, n_tokens,
+                                      width, starts, &index_total, &values_total);
+  for (int64_t tile = 0; tile < n_tiles(n_tokens); ++tile) {
+    starts[2 * tile] += base.index;
+    starts[2 * tile + 1] += base.value;
+  }
+  return status;
+}
+
+// Lays the pieces of every column end to end. piece(i, column) gives the i-th.
+template <typename MakePiece>
+Status stack_pieces(int64_t n_pieces, int64_t n_tokens, int64_t n_features, DType dtype, const Planes& out,
+                    ParallelFor parallel_for, MakePiece piece) {
+  const int64_t item = item_bytes(dtype);
+  const int64_t columns = n_columns(n_features);
+  auto bases = std::make_unique<Offsets[]>(columns + 1);
+  for (int64_t column = 0; column < columns; ++column) {
+    bases[column + 1] = bases[column];
+    for (int64_t i = 0; i < n_pieces; ++i) {
+      const Piece p = piece(i, column);
+      bases[column + 1].index += p.end.index - p.begin.index;
+      bases[column + 1].value += p.end.value - p.begin.value;
+    }
+  }
+  return parallel_check(columns, parallel_for, [&](int64_t column) -> Status {
+    uint8_t* counts = out.counts + column * n_tokens;
+    uint8_t* index = out.index + bases[column].index;
+    uint8_t* values = static_cast<uint8_t*>(out.values) + bases[column].value * item;
+    for (int64_t i = 0; i < n_pieces; ++i) copy_piece(piece(i, column), column, item, &counts, &index, &values);
+    return write_starts(out, column, n_tokens, column_width(n_features, column), bases[column],
+                        bases[column + 1].index - bases[column].index);
+  });
+}
+
+Piece make_piece(const Encoding& encoding, int64_t column, int64_t start, int64_t stop) {
+  if (start >= stop) return {&encoding, {0, 0}, {0, 0}, start, start};
+  return {&encoding, locate(encoding, column, start), locate(encoding, column, stop), start, stop};
+}
+
+// The rank of feature j (within its column) among a segment's n stored values, or -1 if it is not stored.
+int64_t find(int64_t j, int64_t n, int64_t width, const uint8_t* index) {
+  if (!has_positions(n, width)) {
+    const uint32_t byte = index[j / 8];
+    if (((byte >> (j % 8)) & 1) == 0) return -1;
+    return popcount(index, j / 8) + std::popcount(byte & ((1u << (j % 8)) - 1));
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    if (index[i] >= j) return index[i] == j ? i : -1;
+  }
+  return -1;
+}
+
+float half_to_float(uint16_t half) {
+  const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
+  const uint32_t exponent = (half >> 10) & 31;
+  const uint32_t mantissa = half & 0x3ff;
+  if (exponent == 0) {
+    const float magnitude = std::ldexp(static_cast<float>(mantissa), -24);
+    return sign != 0 ? -magnitude : magnitude;
+  }
+  const uint32_t wide_exponent = exponent == 31 ? 255 : exponent + 127 - 15;
+  return std::bit_cast<float>(sign | wide_exponent << 23 | mantissa << 13);
+}
+
+float load_float(DType dtype, const uint8_t* value) {
+  if (dtype == DType::float32) {
+    float x;
+    std::memcpy(&x, value, 4);
+    return x;
+  }
+  uint16_t bits;
+  std::memcpy(&bits, value, 2);
+  return dtype == DType::bfloat16 ? std::bit_cast<float>(static_cast<uint32_t>(bits) << 16) : half_to_float(bits);
+}
+
+// Moves the segments of one tile of a column to their rows. next [tile tokens] holds each row's write position.
+Status tile_to_csr(const Encoding& encoding, int64_t column, int64_t tile, int64_t* next, int64_t* col,
+                   uint8_t* values) {
+  const int64_t item = item_bytes(encoding.dtype);
+  const uint32_t zero_mask = nonzero_mask(encoding.dtype, true);
+  const int64_t first = tile * kTileTokens;
+  const int64_t last = first + kTileTokens < encoding.n_tokens ? first + kTileTokens : encoding.n_tokens;
+  for (ColumnReader segment(encoding, column, tile); segment.token() < last; segment.next()) {
+    const Fault fault = segment.check(zero_mask);
+    if (fault != Fault::none) return {fault, column, segment.token()};
+    const int64_t n = segment.count();
+    uint8_t positions[kColumnWidth];
+    unpack_positions(n, segment.width(), segment.index(), positions);
+    int64_t& at = next[segment.token() - first];
+    for (int64_t i = 0; i < n; ++i) col[at + i] = column * kColumnWidth + positions[i];
+    if (n > 0) std::memcpy(values + at * item, segment.values(), n * item);
+    at += n;
+  }
+  return {};
+}
+
+// crow [n_tokens + 1] from the counts.
+void row_starts(const Encoding& encoding, int64_t* crow) {
+  std::memset(crow, 0, (encoding.n_tokens + 1) * sizeof(int64_t));
+  for (int64_t column = 0; column < n_columns(encoding.n_features); ++column) {
+    for (ColumnReader segment(encoding, column); segment.token() < encoding.n_tokens; segment.next()) {
+      crow[segment.token() + 1] += segment.count();
+    }
+  }
+  for (int64_t token = 0; token < encoding.n_tokens; ++token) crow[token + 1] += crow[token];
+}
+
+}  // namespace
+
+Status neuron(const Encoding& encoding, int64_t feature, int64_t* tokens, void* values, int64_t* n_found) {
+  const int64_t column = feature / kColumnWidth;
+  const int64_t item = item_bytes(encoding.dtype);
+  const uint32_t zero_mask = nonzero_mask(encoding.dtype, true);
+  *n_found = 0;
+  const Status layout = check_column_layout(encoding, column);
+  if (!layout.ok()) return layout;
+  for (ColumnReader segment(encoding, column); segment.token() < encoding.n_tokens; segment.next()) {
+    const Fault fault = segment.check(zero_mask);
+    if (fault != Fault::none) return {fault, column, segment.token()};
+    const int64_t rank = find(feature % kColumnWidth, segment.count(), segment.width(), segment.index());
+    if (rank < 0) continue;
+    if (tokens != nullptr) {
+      tokens[*n_found] = segment.token();
+      std::memcpy(static_cast<uint8_t*>(values) + *n_found * item, segment.values() + rank * item, item);
+    }
+    ++*n_found;
+  }
+  return {};
+}
+
+Status to_csr(const Encoding& encoding, int64_t* crow, int64_t* col, void* values, ParallelFor parallel_for) {
+  const Status layout = check_layout(encoding, parallel_for);
+  if (!layout.ok()) return layout;
+  row_starts(encoding, crow);
+  return parallel_check(n_tiles(encoding.n_tokens), parallel_for, [&](int64_t tile) -> Status {
+    int64_t next[kTileTokens];
+    const int64_t left = encoding.n_tokens - tile * kTileTokens;
+    std::memcpy(next, crow + tile * kTileTokens, (left < kTileTokens ? left : kTileTokens) * sizeof(int64_t));
+    for (int64_t column = 0; column < n_columns(encoding.n_features); ++column) {
+      const Status status = tile_to_csr(encoding, column, tile, next, col, static_cast<uint8_t*>(values));
+      if (!status.ok()) return status;
+    }
+    return {};
+  });
+}
+
+Status slice_sizes(const Encoding& encoding, int64_t start, int64_t stop, int64_t* index_bytes, int64_t* n_values) {
+  *index_bytes = 0;
+  *n_values = 0;
+  for (int64_t column = 0; column < n_columns(encoding.n_features); ++column) {
+    const Status layout = check_column_layout(encoding, column);
+    if (!layout.ok()) return layout;
+    const Piece piece = make_piece(encoding, column, start, stop);
+    *index_bytes += piece.end.index - piece.begin.index;
+    *n_values += piece.end.value - piece.begin.value;
+  }
+  return {};
+}
+
+Status slice(const Encoding& encoding, int64_t start, int64_t stop, const Planes& out, ParallelFor parallel_for) {
+  for (int64_t column = 0; column < n_columns(encoding.n_features); ++column) {
+    const Status layout = check_column_layout(encoding, column);
+    if (!layout.ok()) return layout;
+  }
+  return stack_pieces(1, stop - start, encoding.n_features, encoding.dtype, out, parallel_for,
+                      [&](int64_t, int64_t column) { return make_piece(encoding, column, start, stop); });
+}
+
+Status cat(const Encoding* encodings, int64_t n_encodings, const Planes& out, ParallelFor parallel_for) {
+  if (n_encodings == 0) return {};
+  int64_t n_tokens = 0;
+  for (int64_t i = 0; i < n_encodings; ++i) {
+    const Status layout = check_layout(encodings[i], parallel_for);
+    if (!layout.ok()) return layout;
+    n_tokens += encodings[i].n_tokens;
+  }
+  return stack_pieces(
+      n_encodings, n_tokens, encodings[0].n_features, encodings[0].dtype, out, parallel_for,
+      [&](int64_t i, int64_t column) { return make_piece(encodings[i], column, 0, encodings[i].n_tokens); });
+}
+
+Status add_feature_stats(const Encoding& encoding, int64_t* nnz, double* sum, double* sum_sq, float* maximum) {
+  const int64_t item = item_bytes(encoding.dtype);
+  const uint32_t zero_mask = nonzero_mask(encoding.dtype, true);
+  for (int64_t column = 0; column < n_columns(encoding.n_features); ++column) {
+    const Status layout = check_column_layout(encoding, column);
+    if (!layout.ok()) return layout;
+    for (ColumnReader segment(encoding, column); segment.token() < encoding.n_tokens; segment.next()) {
+      const Fault fault = segment.check(zero_mask);
+      if (fault != Fault::none) return {fault, column, segment.token()};
+      const int64_t n = segment.count();
+      uint8_t positions[kColumnWidth];
+      unpack_positions(n, segment.width(), segment.index(), positions);
+      for (int64_t i = 0; i < n; ++i) {
+        const int64_t feature = column * kColumnWidth + positions[i];
+        const float x = load_float(encoding.dtype, segment.values() + i * item);
+        nnz[feature] += 1;
+        sum[feature] += x;
+        sum_sq[feature] += static_cast<double>(x) * x;
+        if (x > maximum[feature]) maximum[feature] = x;
+      }
+    }
+  }
+  return {};
+}
+
+}  // namespace pyfacts::cpu

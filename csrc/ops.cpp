@@ -1,0 +1,204 @@
+// Schemas of every pyfacts op and their CPU kernels: check -> allocate -> call a torch-free kernel.
+//
+// An encoding travels as its four planes (counts, index, values, tile_ptr) and n_features; see format.h and planes.h.
+#include <algorithm>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "planes.h"
+
+namespace pyfacts {
+namespace {
+
+using torch::stable::contiguous;
+using torch::stable::new_empty;
+
+// The planes once `encoder` has seen every row.
+Planes finish(cpu::Encoder& encoder, Tensor counts, const Tensor& like, int64_t n_tokens, int64_t n_features) {
+  Planes planes =
+      empty_planes(std::move(counts), like, n_tokens, n_features, encoder.index_bytes(), encoder.n_values());
+  const cpu::Planes out = pointers(planes);
+  encoder.finish(out.index, out.values, out.tile_ptr, run_on_torch_threads);
+  return planes;
+}
+
+void append(cpu::Encoder& encoder, const Tensor& rows) {
+  encoder.append(rows.const_data_ptr(), rows.stride(0), rows.size(0), run_on_torch_threads);
+}
+
+Planes encode(const Tensor& x, double min_abs, bool signed_zero) {
+  check_matrix(x, "x");
+  STD_TORCH_CHECK(min_abs >= 0, "min_abs must be at least 0, got ", min_abs);
+  const int64_t n_tokens = x.size(0), n_features = x.size(1);
+  const Tensor rows = n_features > 1 && x.stride(1) != 1 ? contiguous(x) : x;
+  Tensor counts = empty_counts(x, n_tokens, n_features);
+  cpu::Encoder encoder(dtype_of(x), n_tokens, n_features, {min_abs, signed_zero},
+                       static_cast<uint8_t*>(counts.mutable_data_ptr()));
+  append(encoder, rows);
+  return finish(encoder, std::move(counts), x, n_tokens, n_features);
+}
+
+void decode_out(const Tensor& counts, const Tensor& index, const Tensor& values, const Tensor& tile_ptr,
+                int64_t n_features, bool signed_zero, Tensor out) {
+  const cpu::Encoding encoding = view(counts, index, values, tile_ptr, n_features);
+  check_matrix(out, "out");
+  STD_TORCH_CHECK(out.size(0) == encoding.n_tokens && out.size(1) == n_features && out.stride(1) == 1 &&
+                      out.scalar_type() == values.scalar_type(),
+                  "out must be [", encoding.n_tokens, ", ", n_features, "] of the values' dtype, with whole rows");
+  check_status(cpu::decode(encoding, signed_zero, out.mutable_data_ptr(), out.stride(0), run_on_torch_threads));
+}
+
+Tensor decode(const Tensor& counts, const Tensor& index, const Tensor& values, const Tensor& tile_ptr,
+              int64_t n_features, bool signed_zero) {
+  check_matrix(counts, "counts");
+  Tensor out = new_empty(values, {counts.size(1), n_features}, values.scalar_type());
+  decode_out(counts, index, values, tile_ptr, n_features, signed_zero, out);
+  return out;
+}
+
+// Tokens whose activations one pass holds dense: about 4 MiB, in whole tiles.
+int64_t block_tokens(int64_t n_features, int64_t item_bytes) {
+  const int64_t tile_bytes = kTileTokens * (n_features > 0 ? n_features : 1) * item_bytes;
+  const int64_t tiles = (int64_t{4} << 20) / tile_bytes;
+  return kTileTokens * (tiles > 1 ? tiles : 1);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_relu_encode(const Tensor& x, const Tensor& weight,
+                                                                      const std::optional<Tensor>& bias,
+                                                                      bool return_dense) {
+  check_matrix(x, "x");
+  check_matrix(weight, "weight");
+  const int64_t n_tokens = x.size(0), n_features = weight.size(0);
+  STD_TORCH_CHECK(x.scalar_type() == weight.scalar_type(), "x and weight must have one dtype");
+  Tensor counts = empty_counts(x, n_tokens, n_features);
+  Tensor dense = new_empty(x, {return_dense ? n_tokens : 0, n_features}, x.scalar_type());
+  cpu::Encoder encoder(dtype_of(x), n_tokens, n_features, {}, static_cast<uint8_t*>(counts.mutable_data_ptr()));
+  if (return_dense) {
+    dense = relu_(linear(x, weight, bias));
+    append(encoder, dense);
+  } else {
+    const int64_t step = block_tokens(n_features, item_bytes(dtype_of(x)));
+    for (int64_t start = 0; start < n_tokens; start += step) {
+      Tensor rows = x;
+      append(encoder,
+             relu_(linear(torch::stable::narrow(rows, 0, start, std::min(step, n_tokens - start)), weight, bias)));
+    }
+  }
+  auto [c, index, values, tile_ptr] = finish(encoder, std::move(counts), x, n_tokens, n_features);
+  return {std::move(dense), std::move(c), std::move(index), std::move(values), std::move(tile_ptr)};
+}
+
+Planes slice(const Tensor& counts, const Tensor& index, const Tensor& values, const Tensor& tile_ptr,
+             int64_t n_features, int64_t start, int64_t stop) {
+  const cpu::Encoding encoding = view(counts, index, values, tile_ptr, n_features);
+  STD_TORCH_CHECK(0 <= start && start <= stop && stop <= encoding.n_tokens, "tokens [", start, ", ", stop,
+                  ") out of range for ", encoding.n_tokens, " tokens");
+  check_status(cpu::check_layout(encoding, run_on_torch_threads));
+  int64_t index_bytes = 0, n_values = 0;
+  check_status(cpu::slice_sizes(encoding, start, stop, &index_bytes, &n_values));
+  Planes out = empty_planes(values, stop - start, n_features, index_bytes, n_values);
+  check_status(cpu::slice(encoding, start, stop, pointers(out), run_on_torch_threads));
+  return out;
+}
+
+Planes cat(std::vector<Tensor> counts, std::vector<Tensor> index, std::vector<Tensor> values,
+           std::vector<Tensor> tile_ptr, int64_t n_features) {
+  STD_TORCH_CHECK(!counts.empty() && counts.size() == index.size() && counts.size() == values.size() &&
+                      counts.size() == tile_ptr.size(),
+                  "cat needs the four planes of at least one encoding");
+  std::vector<cpu::Encoding> encodings;
+  int64_t n_tokens = 0, index_bytes = 0, n_values = 0;
+  for (size_t i = 0; i < counts.size(); ++i) {
+    encodings.push_back(view(counts[i], index[i], values[i], tile_ptr[i], n_features));
+    STD_TORCH_CHECK(encodings[i].dtype == encodings[0].dtype, "cat needs encodings of one dtype");
+    check_status(cpu::check_layout(encodings[i], run_on_torch_threads));
+    n_tokens += encodings[i].n_tokens;
+    index_bytes += encodings[i].index_bytes;
+    n_values += encodings[i].n_values;
+  }
+  Planes out = empty_planes(values[0], n_tokens, n_features, index_bytes, n_values);
+  check_status(cpu::cat(encodings.data(), static_cast<int64_t>(encodings.size()), pointers(out), run_on_torch_threads));
+  return out;
+}
+
+std::tuple<Tensor, Tensor> neuron(const Tensor& counts, const Tensor& index, const Tensor& values,
+                                  const Tensor& tile_ptr, int64_t n_features, int64_t feature) {
+  const cpu::Encoding encoding = view(counts, index, values, tile_ptr, n_features);
+  STD_TORCH_CHECK(0 <= feature && feature < n_features, "feature ", feature, " out of range for ", n_features,
+                  " features");
+  check_status(cpu::check_layout(encoding, run_on_torch_threads));
+  int64_t n_found = 0;
+  check_status(cpu::neuron(encoding, feature, nullptr, nullptr, &n_found));
+  Tensor tokens = new_empty(values, {n_found}, ScalarType::Long);
+  Tensor found = new_empty(values, {n_found}, values.scalar_type());
+  check_status(cpu::neuron(encoding, feature, static_cast<int64_t*>(tokens.mutable_data_ptr()),
+                           found.mutable_data_ptr(), &n_found));
+  return {std::move(tokens), std::move(found)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> to_csr(const Tensor& counts, const Tensor& index, const Tensor& values,
+                                          const Tensor& tile_ptr, int64_t n_features) {
+  const cpu::Encoding encoding = view(counts, index, values, tile_ptr, n_features);
+  check_status(cpu::check_layout(encoding, run_on_torch_threads));
+  Tensor crow = new_empty(values, {encoding.n_tokens + 1}, ScalarType::Long);
+  Tensor col = new_empty(values, {encoding.n_values}, ScalarType::Long);
+  Tensor row_values = new_empty(values, {encoding.n_values}, values.scalar_type());
+  check_status(cpu::to_csr(encoding, static_cast<int64_t*>(crow.mutable_data_ptr()),
+                           static_cast<int64_t*>(col.mutable_data_ptr()), row_values.mutable_data_ptr(),
+                           run_on_torch_threads));
+  return {std::move(crow), std::move(col), std::move(row_values)};
+}
+
+std::string isa() { return cpu::isa(); }
+
+std::string isa_error() { return cpu::isa_error() ? cpu::isa_error() : ""; }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(pyfacts, m) {
+  m.def(
+      "encode(Tensor x, float min_abs, bool signed_zero)"
+      " -> (Tensor counts, Tensor index, Tensor values, Tensor tile_ptr)");
+  m.def(
+      "decode(Tensor counts, Tensor index, Tensor values, Tensor tile_ptr, SymInt n_features, bool signed_zero)"
+      " -> Tensor");
+  m.def(
+      "decode_out(Tensor counts, Tensor index, Tensor values, Tensor tile_ptr, SymInt n_features, bool signed_zero,"
+      " Tensor(a!) out) -> ()");
+  m.def(
+      "linear_relu_encode(Tensor x, Tensor weight, Tensor? bias, bool return_dense)"
+      " -> (Tensor h, Tensor counts, Tensor index, Tensor values, Tensor tile_ptr)");
+  m.def(
+      "slice(Tensor counts, Tensor index, Tensor values, Tensor tile_ptr, SymInt n_features, SymInt start, SymInt stop)"
+      " -> (Tensor counts, Tensor index, Tensor values, Tensor tile_ptr)");
+  m.def(
+      "cat(Tensor[] counts, Tensor[] index, Tensor[] values, Tensor[] tile_ptr, SymInt n_features)"
+      " -> (Tensor counts, Tensor index, Tensor values, Tensor tile_ptr)");
+  m.def(
+      "neuron(Tensor counts, Tensor index, Tensor values, Tensor tile_ptr, SymInt n_features, SymInt feature)"
+      " -> (Tensor tokens, Tensor values)");
+  m.def(
+      "to_csr(Tensor counts, Tensor index, Tensor values, Tensor tile_ptr, SymInt n_features)"
+      " -> (Tensor crow_indices, Tensor col_indices, Tensor values)");
+  m.def("isa() -> str");
+  m.def("isa_error() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pyfacts, CPU, m) {
+  m.impl("encode", TORCH_BOX(&encode));
+  m.impl("decode", TORCH_BOX(&decode));
+  m.impl("decode_out", TORCH_BOX(&decode_out));
+  m.impl("linear_relu_encode", TORCH_BOX(&linear_relu_encode));
+  m.impl("slice", TORCH_BOX(&slice));
+  m.impl("cat", TORCH_BOX(&cat));
+  m.impl("neuron", TORCH_BOX(&neuron));
+  m.impl("to_csr", TORCH_BOX(&to_csr));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(pyfacts, CompositeExplicitAutograd, m) {
+  m.impl("isa", TORCH_BOX(&isa));
+  m.impl("isa_error", TORCH_BOX(&isa_error));
+}
+
+}  // namespace pyfacts

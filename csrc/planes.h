@@ -1,0 +1,95 @@
+// An encoding as tensors: its four planes checked, viewed and allocated. Shared by the CPU ops and the CUDA ops.
+//
+// Arguments were checked in Python with better words; the checks here keep a direct caller of torch.ops from reading
+// out of bounds.
+#pragma once
+
+#include <tuple>
+#include <utility>
+
+#include "stable.h"
+
+namespace pyfacts {
+
+using Planes = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // counts, index, values, tile_ptr
+
+inline DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return DType::float32;
+    case ScalarType::BFloat16:
+      return DType::bfloat16;
+    case ScalarType::Half:
+      return DType::float16;
+    default:
+      STD_TORCH_CHECK(false, "pyfacts encodes float32, bfloat16 and float16, got scalar type ",
+                      static_cast<int>(tensor.scalar_type()));
+  }
+}
+
+inline void check_matrix(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.dim() == 2, name, " must have 2 dimensions, got ", tensor.dim());
+}
+
+inline void check_plane(const Tensor& plane, const char* name, int64_t dim, ScalarType type, const Tensor& values) {
+  STD_TORCH_CHECK(plane.dim() == dim && plane.is_contiguous(), name, " must be contiguous with ", dim,
+                  " dimensions, got ", plane.dim());
+  STD_TORCH_CHECK(plane.scalar_type() == type, name, " has scalar type ", static_cast<int>(plane.scalar_type()),
+                  ", expected ", static_cast<int>(type));
+  STD_TORCH_CHECK(plane.is_cpu() == values.is_cpu() && plane.get_device() == values.get_device(), name,
+                  " and values must be on one device, got ", plane.get_device(), " and ", values.get_device());
+}
+
+inline cpu::Encoding view(const Tensor& counts, const Tensor& index, const Tensor& values, const Tensor& tile_ptr,
+                          int64_t n_features) {
+  check_plane(counts, "counts", 2, ScalarType::Byte, values);
+  check_plane(index, "index", 1, ScalarType::Byte, values);
+  check_plane(values, "values", 1, values.scalar_type(), values);
+  check_plane(tile_ptr, "tile_ptr", 3, ScalarType::Long, values);
+  const int64_t n_tokens = counts.size(1);
+  STD_TORCH_CHECK(n_features >= 0 && counts.size(0) == n_columns(n_features), "counts has ", counts.size(0),
+                  " columns, expected ", n_columns(n_features), " for ", n_features, " features");
+  STD_TORCH_CHECK(tile_ptr.size(0) == counts.size(0) && tile_ptr.size(1) == n_tiles(n_tokens) && tile_ptr.size(2) == 2,
+                  "tile_ptr must be [", counts.size(0), ", ", n_tiles(n_tokens), ", 2], got [", tile_ptr.size(0), ", ",
+                  tile_ptr.size(1), ", ", tile_ptr.size(2), "]");
+  return {dtype_of(values),
+          n_tokens,
+          n_features,
+          static_cast<const uint8_t*>(counts.const_data_ptr()),
+          static_cast<const uint8_t*>(index.const_data_ptr()),
+          index.size(0),
+          values.const_data_ptr(),
+          values.size(0),
+          static_cast<const int64_t*>(tile_ptr.const_data_ptr())};
+}
+
+inline void check_status(const cpu::Status& status) {
+  STD_TORCH_CHECK(status.ok(), "not a valid encoding: ", cpu::describe(status.fault), " (column ", status.column,
+                  ", token ", status.token, ")");
+}
+
+inline Tensor empty_counts(const Tensor& like, int64_t n_tokens, int64_t n_features) {
+  return torch::stable::new_empty(like, {n_columns(n_features), n_tokens}, ScalarType::Byte);
+}
+
+// The planes around `counts`, once the sizes are known.
+inline Planes empty_planes(Tensor counts, const Tensor& like, int64_t n_tokens, int64_t n_features, int64_t index_bytes,
+                           int64_t n_values) {
+  using torch::stable::new_empty;
+  return {std::move(counts), new_empty(like, {index_bytes}, ScalarType::Byte),
+          new_empty(like, {n_values}, like.scalar_type()),
+          new_empty(like, {n_columns(n_features), n_tiles(n_tokens), 2}, ScalarType::Long)};
+}
+
+inline Planes empty_planes(const Tensor& like, int64_t n_tokens, int64_t n_features, int64_t index_bytes,
+                           int64_t n_values) {
+  return empty_planes(empty_counts(like, n_tokens, n_features), like, n_tokens, n_features, index_bytes, n_values);
+}
+
+inline cpu::Planes pointers(const Planes& planes) {
+  return {static_cast<uint8_t*>(std::get<0>(planes).mutable_data_ptr()),
+          static_cast<uint8_t*>(std::get<1>(planes).mutable_data_ptr()), std::get<2>(planes).mutable_data_ptr(),
+          static_cast<int64_t*>(std::get<3>(planes).mutable_data_ptr())};
+}
+
+}  // namespace pyfacts

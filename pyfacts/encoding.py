@@ -1,0 +1,362 @@
+"""The `EncodedActivations` record and the functions that make one."""
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .errors import OutOfRangeError
+
+if TYPE_CHECKING:
+    import scipy.sparse
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(eq=False, repr=False)
+class EncodedActivations:
+    """A matrix of activations [n_tokens, n_features], packed; every stored value exact.
+
+    Made by `pyfacts.encode`, `pyfacts.linear_relu_encode`, `pyfacts.capture` and dumps. With C = ceil(n_features / 256)
+    columns and R = ceil(n_tokens / 128) tiles (FORMAT.md draws the bytes):
+
+    Attributes:
+        counts: uint8 [C, n_tokens], how many values each token stores in each column (255 means 255 or 256).
+        index: uint8 [index_bytes], where they are: positions or bitmaps.
+        values: float32, bfloat16 or float16 [nnz].
+        tile_ptr: int64 [C, R, 2], the starts in `index` and `values` of every 128 tokens of a column.
+        n_features: number of features (d_mlp, d_sae).
+        signed_zero: whether -0.0 is stored too.
+        sq_norm: float64 [n_tokens], the squared norm of each row before `min_abs` or a `select` dropped values; None
+            if nothing but zeros was dropped.
+
+    Example:
+        >>> import torch, pyfacts
+        >>> enc = pyfacts.encode(torch.tensor([[0.0, 1.5], [2.0, 0.0]]))
+        >>> enc.nnz, enc.density
+        (2, 0.5)
+        >>> enc.neuron(1)
+        (tensor([0]), tensor([1.5000]))
+    """
+
+    counts: Tensor
+    index: Tensor
+    values: Tensor
+    tile_ptr: Tensor
+    n_features: int
+    signed_zero: bool = False
+    sq_norm: Tensor | None = None
+
+    # ---- what it is ------------------------------------------------------------------------------------------------
+
+    @property
+    def planes(self) -> ops.Planes:
+        """counts, index, values, tile_ptr."""
+        return self.counts, self.index, self.values, self.tile_ptr
+
+    @property
+    def shape(self) -> torch.Size:
+        """[n_tokens, n_features]."""
+        return torch.Size((self.counts.shape[1], self.n_features))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the values and of the dense matrix."""
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the planes are."""
+        return self.values.device
+
+    @property
+    def nnz(self) -> int:
+        """Number of stored values."""
+        return self.values.shape[0]
+
+    @property
+    def density(self) -> float:
+        """Share of the matrix that is stored, 0 for an empty matrix."""
+        return self.nnz / max(1, self.shape.numel())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the four planes."""
+        return sum(plane.nbytes for plane in self.planes)
+
+    @property
+    def dropped_share(self) -> float:
+        """Share of the squared norm that `min_abs` or a `select` dropped; 0.0 when only zeros were."""
+        if self.sq_norm is None:
+            return 0.0
+        total = self.sq_norm.sum().item()
+        kept = torch.linalg.vector_norm(self.values, dtype=torch.float64).square().item()
+        return max(0.0, 1.0 - kept / total) if total else 0.0
+
+    def __len__(self) -> int:
+        return self.counts.shape[1]
+
+    def __repr__(self) -> str:
+        dense_bytes = self.shape.numel() * self.dtype.itemsize
+        ratio = f", {dense_bytes / self.nbytes:.1f}x smaller than dense" if self.nbytes else ""
+        dropped = f", dropped_share={self.dropped_share:.2%}" if self.sq_norm is not None else ""
+        return (
+            f"EncodedActivations(shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}', "
+            f"density={self.density:.2%}{dropped}, {human_bytes(self.nbytes)}{ratio})"
+        )
+
+    # ---- reading it --------------------------------------------------------------------------------------------------
+
+    def to_dense(self, out: Tensor | None = None) -> Tensor:
+        """Returns the matrix [n_tokens, n_features]; -0.0 comes back as +0.0 unless `signed_zero`.
+
+        Args:
+            out: a tensor of that shape, dtype and device, rows unbroken, to write to and return. Reading many encodings
+                into one buffer takes about half the time of fresh ones: the memory's pages need not be made anew.
+
+        Raises:
+            RuntimeError: the planes are not a valid encoding.
+            ValueError: `out` does not fit.
+        """
+        if out is not None and (out.shape, out.dtype, out.device) != (self.shape, self.dtype, self.device):
+            raise ValueError(
+                f"out must be {tuple(self.shape)} {self.dtype} on {self.device}, got {tuple(out.shape)} {out.dtype} on "
+                f"{out.device}"
+            )
+        if out is not None and out.stride(1) != 1:
+            raise ValueError(f"out must have unbroken rows (stride 1 along the features), got strides {out.stride()}")
+        return ops.decode(self.planes, self.n_features, self.signed_zero, out)
+
+    def to_csr(self) -> Tensor:
+        """Returns a `torch.sparse_csr` tensor [n_tokens, n_features] with int64 indices."""
+        crow, col, values = ops.to_csr(self.planes, self.n_features)
+        return torch.sparse_csr_tensor(crow, col, values, self.shape, check_invariants=False)
+
+    def to_scipy(self) -> "scipy.sparse.csr_array":
+        """Returns a `scipy.sparse.csr_array` on the CPU; bfloat16 and float16, which SciPy lacks, become float32."""
+        import scipy.sparse
+
+        crow, col, values = (plane.cpu() for plane in ops.to_csr(self.planes, self.n_features))
+        return scipy.sparse.csr_array((values.float().numpy(), col.numpy(), crow.numpy()), shape=tuple(self.shape))
+
+    def neuron(self, j: int) -> tuple[Tensor, Tensor]:
+        """Returns the tokens (int64 [n], ascending) at which feature j is stored, and its values [n] there.
+
+        Raises:
+            OutOfRangeError: (a ValueError and an IndexError) j is not in [-n_features, n_features).
+        """
+        return ops.neuron(self.planes, self.n_features, _in_range(j, self.n_features, "feature"))
+
+    feature = neuron
+
+    def __getitem__(self, tokens: int | slice) -> "EncodedActivations":
+        """Returns the encoding of a range of tokens, a copy; a single token gives one row."""
+        if isinstance(tokens, slice):
+            start, stop, step = tokens.indices(len(self))
+            if step != 1:
+                raise ValueError(f"an encoding is sliced by consecutive tokens, got step {step}; use to_dense() or cat")
+            stop = max(start, stop)
+        else:
+            start = _in_range(tokens, len(self), "token")
+            stop = start + 1
+        sq_norm = None if self.sq_norm is None else self.sq_norm[start:stop]
+        counts, index, values, tile_ptr = ops.slice_tokens(self.planes, self.n_features, start, stop)
+        return replace(self, counts=counts, index=index, values=values, tile_ptr=tile_ptr, sq_norm=sq_norm)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "EncodedActivations":
+        """Returns the encoding on another device (itself if it is there already)."""
+        if torch.device(device) == self.device:
+            return self
+        counts, index, values, tile_ptr = (plane.to(device, non_blocking=non_blocking) for plane in self.planes)
+        sq_norm = None if self.sq_norm is None else self.sq_norm.to(device, non_blocking=non_blocking)
+        return replace(self, counts=counts, index=index, values=values, tile_ptr=tile_ptr, sq_norm=sq_norm)
+
+    def cpu(self) -> "EncodedActivations":
+        """Returns the encoding on the CPU."""
+        return self.to("cpu")
+
+
+def encode(x: Tensor, min_abs: float = 0.0, signed_zero: bool = False) -> EncodedActivations:
+    """Packs a matrix of activations: every value that is not zero, and every NaN, bit for bit.
+
+    Args:
+        x: float32, bfloat16 or float16 [n_tokens, n_features], of any strides, on the CPU.
+        min_abs: store a value only if |x| > min_abs or it is NaN. Above 0 this is lossy: `dropped_share` of the result
+            says how much of the squared norm went.
+        signed_zero: store -0.0 too, so that decoding gives x back in every bit; otherwise -0.0 comes back as +0.0.
+
+    Returns:
+        The encoding, on x's device; x is not kept, and no gradient flows.
+
+    Raises:
+        TypeError: x is not a tensor, or of another dtype.
+        ValueError: x is not 2-D or not strided, is on a device without kernels, or min_abs is negative or NaN.
+
+    Example:
+        >>> import torch, pyfacts
+        >>> h = torch.relu(torch.randn(1000, 4096, generator=torch.Generator().manual_seed(0)) - 2)
+        >>> enc = pyfacts.encode(h)
+        >>> f"{enc.density:.2%} of {h.nbytes:,} bytes, in {enc.nbytes:,}"
+        '2.27% of 16,384,000 bytes, in 483,018'
+        >>> torch.equal(enc.to_dense(), h)
+        True
+    """
+    _check_matrix("x", x)
+    min_abs = _check_min_abs(min_abs)
+    x = x.detach()
+    counts, index, values, tile_ptr = ops.encode(x, min_abs, signed_zero)
+    sq_norm = row_sq_norm(x) if min_abs > 0 else None
+    return EncodedActivations(counts, index, values, tile_ptr, x.shape[1], signed_zero, sq_norm)
+
+
+def linear_relu_encode(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "relu", return_dense: bool = False
+) -> "EncodedActivations | tuple[Tensor, EncodedActivations]":
+    """Computes relu(x @ weight.T + bias) and packs it; an MLP's up-projection or an SAE's encoder.
+
+    Without `return_dense` the dense result never exists as a whole: the product is encoded block by block of tokens.
+    Under autocast the operands take autocast's dtype, as `torch.nn.functional.linear` would.
+
+    Args:
+        x: [n_tokens, d_in], float32, bfloat16 or float16.
+        weight: [n_features, d_in], x's dtype, as in `torch.nn.Linear` (the transpose of TransformerLens' `W_in`).
+        bias: [n_features] or None.
+        activation: "relu".
+        return_dense: also return h [n_tokens, n_features], differentiable in x, weight and bias.
+
+    Returns:
+        The encoding, or (h, encoding) which agree bit for bit.
+
+    Raises:
+        TypeError: a dtype is not supported, or the operands' dtypes differ.
+        ValueError: shapes or devices do not fit, or the activation is unknown.
+
+    Example:
+        >>> import torch, pyfacts
+        >>> up = torch.nn.Linear(8, 512)
+        >>> enc = pyfacts.linear_relu_encode(torch.randn(10, 8), up.weight, up.bias)
+        >>> enc.shape
+        torch.Size([10, 512])
+    """
+    if activation != "relu":
+        raise ValueError(f"activation must be 'relu', got {activation!r}")
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    _check_linear(x, weight, bias)
+    if not return_dense:
+        x, weight, bias = x.detach(), weight.detach(), None if bias is None else bias.detach()
+    dense, planes = ops.linear_relu_encode(x, weight, bias, return_dense)
+    encoded = EncodedActivations(*planes, n_features=weight.shape[0])
+    return (dense, encoded) if return_dense else encoded
+
+
+def cat(encodings: Sequence[EncodedActivations]) -> EncodedActivations:
+    """Stacks encodings by token, in order.
+
+    Args:
+        encodings: at least one, of one dtype, n_features, device and `signed_zero`.
+
+    Returns:
+        An encoding of all their tokens (the very one that was given, if it was alone).
+
+    Raises:
+        ValueError: there are none, or they differ.
+
+    Example:
+        >>> import torch, pyfacts
+        >>> enc = pyfacts.encode(torch.eye(3))
+        >>> pyfacts.cat([enc, enc[:1]]).shape
+        torch.Size([4, 3])
+    """
+    encodings = list(encodings)
+    if not encodings:
+        raise ValueError("cat needs at least one encoding, got none")
+    first = encodings[0]
+    for i, other in enumerate(encodings[1:], start=1):
+        for name in ("n_features", "dtype", "device", "signed_zero"):
+            if getattr(other, name) != getattr(first, name):
+                raise ValueError(
+                    f"cat needs encodings of one {name}: number 0 has {getattr(first, name)}, "
+                    f"number {i} has {getattr(other, name)}"
+                )
+    if len(encodings) == 1:
+        return first
+    counts, index, values, tile_ptr = ops.cat([encoding.planes for encoding in encodings], first.n_features)
+    sq_norm = None
+    if any(encoding.sq_norm is not None for encoding in encodings):
+        sq_norm = torch.cat([_sq_norm(encoding) for encoding in encodings])
+    return replace(first, counts=counts, index=index, values=values, tile_ptr=tile_ptr, sq_norm=sq_norm)
+
+
+def row_sq_norm(x: Tensor) -> Tensor:
+    """Returns the squared norm of each row of x as float64 [n_tokens]."""
+    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).square()
+
+
+def _sq_norm(encoding: EncodedActivations) -> Tensor:
+    """Squared norm of each row of the input, from the stored values where nothing was dropped."""
+    if encoding.sq_norm is not None:
+        return encoding.sq_norm
+    crow, _, values = ops.to_csr(encoding.planes, encoding.n_features)
+    return torch.segment_reduce(values.double().square(), "sum", offsets=crow, initial=0)
+
+
+def _check_matrix(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16 or float16, got {x.dtype}; convert it with .to(...)")
+    if x.dim() != 2:
+        raise ValueError(
+            f"{name} must be [n_tokens, n_features], got shape {tuple(x.shape)}; flatten it with .flatten(0, -2)"
+        )
+    if x.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense (strided) tensor, got {x.layout}; use .to_dense()")
+    if x.device.type not in ("cpu", "meta"):
+        raise ValueError(f"{name} is on {x.device}, and this build of pyfacts has CPU kernels only; use .cpu()")
+
+
+def _check_min_abs(min_abs: float) -> float:
+    min_abs = float(min_abs)
+    if not min_abs >= 0:  # NaN too
+        raise ValueError(f"min_abs must be at least 0, got {min_abs}")
+    return min_abs
+
+
+def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    _check_matrix("x", x)
+    _check_matrix("weight", weight)
+    if x.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"x {tuple(x.shape)} and weight {tuple(weight.shape)} differ in d_in: {x.shape[1]} and {weight.shape[1]}; "
+            "weight is [n_features, d_in] as in nn.Linear (TransformerLens' W_in is its transpose)"
+        )
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(f"bias must be [{weight.shape[0]}] for weight {tuple(weight.shape)}, got {tuple(bias.shape)}")
+    for name, other in (("weight", weight), ("bias", bias)):
+        if other is not None and other.dtype != x.dtype:
+            raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {other.dtype}")
+        if other is not None and other.device != x.device:
+            raise ValueError(f"{name} must be on the device of x, {x.device}, got {other.device}")
+
+
+def _in_range(i: int, n: int, what: str) -> int:
+    i = operator.index(i)
+    if not -n <= i < n:
+        raise OutOfRangeError(f"{what} {i} is out of range: there are {n}")
+    return i % n
+
+
+def human_bytes(n_bytes: float) -> str:
+    """Returns a size for people, in decimal units: "12.3 MB"."""
+    size = float(n_bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"

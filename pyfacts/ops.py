@@ -1,0 +1,176 @@
+"""The torch ops: planes in, planes out. The only file that names `torch.ops.pyfacts`.
+
+An encoding travels as four planes and `n_features`; C = ceil(n_features / 256) columns, R = ceil(n_tokens / 128) tiles:
+
+    counts    uint8   [C, n_tokens]
+    index     uint8   [index_bytes]
+    values    dtype   [nnz]
+    tile_ptr  int64   [C, R, 2]
+
+`pyfacts.encoding` wraps them in a record and checks arguments; use that unless you are writing a `torch.compile`d graph
+of your own.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _library
+
+_library.load()
+
+COLUMN_WIDTH = 256
+TILE_TOKENS = 128
+
+Planes = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def isa() -> str:
+    """Returns the instruction set of the CPU kernels in use: "scalar", "avx2", "avx512" or "avx512vbmi2"."""
+    return torch.ops.pyfacts.isa()
+
+
+def encode(x: Tensor, min_abs: float, signed_zero: bool) -> Planes:
+    """Encodes x [n_tokens, n_features] of float32, bfloat16 or float16."""
+    return torch.ops.pyfacts.encode(x, min_abs, signed_zero)
+
+
+def decode(planes: Planes, n_features: int, signed_zero: bool, out: Tensor | None = None) -> Tensor:
+    """Returns the dense matrix [n_tokens, n_features]; RuntimeError if the planes are not a valid encoding."""
+    if out is None:
+        return torch.ops.pyfacts.decode(*planes, n_features, signed_zero)
+    torch.ops.pyfacts.decode_out(*planes, n_features, signed_zero, out)
+    return out
+
+
+def linear_relu_encode(x: Tensor, weight: Tensor, bias: Tensor | None, return_dense: bool) -> tuple[Tensor, Planes]:
+    """Encodes relu(x @ weight.T + bias); the dense result [n_tokens, n_features] comes first ([0, n_features] unless
+    return_dense) and carries gradients to x, weight and bias."""
+    dense, *planes = torch.ops.pyfacts.linear_relu_encode(x, weight, bias, return_dense)
+    return dense, tuple(planes)
+
+
+def slice_tokens(planes: Planes, n_features: int, start: int, stop: int) -> Planes:
+    """Returns the encoding of tokens [start, stop), a copy."""
+    return torch.ops.pyfacts.slice(*planes, n_features, start, stop)
+
+
+def cat(encodings: list[Planes], n_features: int) -> Planes:
+    """Stacks encodings by token."""
+    counts, index, values, tile_ptr = (list(plane) for plane in zip(*encodings, strict=True))
+    return torch.ops.pyfacts.cat(counts, index, values, tile_ptr, n_features)
+
+
+def neuron(planes: Planes, n_features: int, feature: int) -> tuple[Tensor, Tensor]:
+    """Returns the tokens (int64, ascending) at which a feature is stored, and its values there."""
+    return torch.ops.pyfacts.neuron(*planes, n_features, feature)
+
+
+def to_csr(planes: Planes, n_features: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns crow_indices [n_tokens + 1], col_indices [nnz] and values [nnz]."""
+    return torch.ops.pyfacts.to_csr(*planes, n_features)
+
+
+# ---- what torch.compile needs to know: shapes ------------------------------------------------------------------------
+
+
+def _empty_planes(like: Tensor, n_tokens: Any, n_features: Any) -> Planes:
+    context = torch.library.get_ctx()
+    n_columns = (n_features + COLUMN_WIDTH - 1) // COLUMN_WIDTH
+    n_tiles = (n_tokens + TILE_TOKENS - 1) // TILE_TOKENS
+    return (
+        like.new_empty((n_columns, n_tokens), dtype=torch.uint8),
+        like.new_empty((context.new_dynamic_size(),), dtype=torch.uint8),
+        like.new_empty((context.new_dynamic_size(),)),
+        like.new_empty((n_columns, n_tiles, 2), dtype=torch.int64),
+    )
+
+
+@torch.library.register_fake("pyfacts::encode")
+def _(x: Tensor, min_abs: float, signed_zero: bool) -> Planes:
+    return _empty_planes(x, x.shape[0], x.shape[1])
+
+
+@torch.library.register_fake("pyfacts::decode")
+def _(counts: Tensor, index: Tensor, values: Tensor, tile_ptr: Tensor, n_features: int, signed_zero: bool) -> Tensor:
+    return values.new_empty((counts.shape[1], n_features))
+
+
+@torch.library.register_fake("pyfacts::decode_out")
+def _(
+    counts: Tensor, index: Tensor, values: Tensor, tile_ptr: Tensor, n_features: int, signed_zero: bool, out: Tensor
+) -> None:
+    pass
+
+
+@torch.library.register_fake("pyfacts::linear_relu_encode")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, return_dense: bool) -> tuple[Tensor, ...]:
+    dense = x.new_empty((x.shape[0] if return_dense else 0, weight.shape[0]))
+    return dense, *_empty_planes(x, x.shape[0], weight.shape[0])
+
+
+@torch.library.register_fake("pyfacts::slice")
+def _(
+    counts: Tensor, index: Tensor, values: Tensor, tile_ptr: Tensor, n_features: int, start: int, stop: int
+) -> Planes:
+    return _empty_planes(values, stop - start, n_features)
+
+
+@torch.library.register_fake("pyfacts::cat")
+def _(
+    counts: list[Tensor], index: list[Tensor], values: list[Tensor], tile_ptr: list[Tensor], n_features: int
+) -> Planes:
+    n_tokens = sum(plane.shape[1] for plane in counts)
+    n_columns = counts[0].shape[0]
+    return (
+        values[0].new_empty((n_columns, n_tokens), dtype=torch.uint8),
+        values[0].new_empty((sum(plane.shape[0] for plane in index),), dtype=torch.uint8),
+        values[0].new_empty((sum(plane.shape[0] for plane in values),)),
+        values[0].new_empty((n_columns, (n_tokens + TILE_TOKENS - 1) // TILE_TOKENS, 2), dtype=torch.int64),
+    )
+
+
+@torch.library.register_fake("pyfacts::neuron")
+def _(
+    counts: Tensor, index: Tensor, values: Tensor, tile_ptr: Tensor, n_features: int, feature: int
+) -> tuple[Tensor, Tensor]:
+    n_found = torch.library.get_ctx().new_dynamic_size()
+    return values.new_empty((n_found,), dtype=torch.int64), values.new_empty((n_found,))
+
+
+@torch.library.register_fake("pyfacts::to_csr")
+def _(
+    counts: Tensor, index: Tensor, values: Tensor, tile_ptr: Tensor, n_features: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        values.new_empty((counts.shape[1] + 1,), dtype=torch.int64),
+        values.new_empty(values.shape, dtype=torch.int64),
+        values.new_empty(values.shape),
+    )
+
+
+# ---- gradients -------------------------------------------------------------------------------------------------------
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, _ = inputs
+    dense, *planes = output
+    ctx.mark_non_differentiable(*planes)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, weight, dense)
+    ctx.has_bias = bias is not None
+
+
+def _backward(ctx: Any, grad_dense: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    x, weight, dense = ctx.saved_tensors
+    if grad_dense is None or dense.shape[0] != x.shape[0]:
+        return None, None, None, None
+    grad = torch.where(dense <= 0, 0, grad_dense)  # as torch's relu: a NaN passes the gradient on
+    grad_x = grad @ weight if ctx.needs_input_grad[0] else None
+    grad_weight = grad.T @ x if ctx.needs_input_grad[1] else None
+    grad_bias = grad.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
+    return grad_x, grad_weight, grad_bias, None
+
+
+torch.library.register_autograd("pyfacts::linear_relu_encode", _backward, setup_context=_save_for_backward)

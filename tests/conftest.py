@@ -1,0 +1,16 @@
+"""Shared parameters: dtypes, shapes around every boundary of the format, and the instruction sets of this CPU."""
+
+import torch
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+# Columns are 256 wide and tiles 128 tokens long; the index turns from positions to a bitmap at ceil(w / 8).
+WIDTHS = [1, 7, 8, 9, 255, 256, 257, 511, 513]
+LENGTHS = [0, 1, 127, 128, 129, 300]
+
+
+def sparse(n_tokens: int, n_features: int, density: float, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    """Half-normal values at a density, zero elsewhere."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(n_tokens, n_features, generator=generator).abs() + 1e-3
+    return (values * (torch.rand(n_tokens, n_features, generator=generator) < density)).to(dtype)

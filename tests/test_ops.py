@@ -1,0 +1,125 @@
+"""The ops as torch sees them: schemas, fakes, opcheck, torch.compile, every instruction set."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import DTYPES, sparse
+from reference import assert_same_bits
+
+import pyfacts
+from pyfacts import ops
+
+OPS = torch.ops.pyfacts
+
+
+def samples(dtype: torch.dtype) -> list[tuple[object, tuple[object, ...]]]:
+    """One call of every op."""
+    x = sparse(130, 300, 0.1, dtype)
+    planes = ops.encode(x, 0.0, False)
+    parts = [[plane, plane] for plane in planes]
+    weight, bias = torch.randn(300, 20).to(dtype), torch.randn(300).to(dtype)
+    tokens = torch.randn(130, 20).to(dtype)
+    return [
+        (OPS.encode.default, (x, 0.0, False)),
+        (OPS.encode.default, (x.T, 0.5, True)),
+        (OPS.decode.default, (*planes, 300, False)),
+        (OPS.decode_out.default, (*planes, 300, False, torch.empty_like(x))),
+        (OPS.slice.default, (*planes, 300, 3, 129)),
+        (OPS.cat.default, (*parts, 300)),
+        (OPS.neuron.default, (*planes, 300, 299)),
+        (OPS.to_csr.default, (*planes, 300)),
+        (OPS.linear_relu_encode.default, (tokens, weight, bias, False)),
+        (OPS.linear_relu_encode.default, (tokens, weight, None, True)),
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("number", range(10))
+def test_opcheck(dtype: torch.dtype, number: int) -> None:
+    op, args = samples(dtype)[number]
+    torch.library.opcheck(op, args)
+
+
+def test_opcheck_with_gradients() -> None:
+    x, weight, bias = (torch.randn(*shape, requires_grad=True) for shape in ((5, 4), (300, 4), (300,)))
+    torch.library.opcheck(OPS.linear_relu_encode.default, (x, weight, bias, True))
+
+
+def test_encode_compiles_into_one_graph() -> None:
+    """A function that encodes and decodes between other torch ops compiles with fullgraph, for several lengths."""
+
+    @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+    def round_trip(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        enc = pyfacts.encode(torch.relu(x @ weight))
+        fused = pyfacts.linear_relu_encode(x, weight.T.contiguous())
+        return enc.to_dense(), enc.values, fused.to_dense()
+
+    weight = torch.randn(16, 600)
+    for n_tokens in (3, 200, 129):
+        x = torch.randn(n_tokens, 16)
+        dense, values, fused = round_trip(x, weight)
+        expected = torch.relu(x @ weight)
+        torch.testing.assert_close(dense, expected)
+        torch.testing.assert_close(fused, expected)
+        assert values.numel() == int((expected != 0).sum())
+
+
+ENCODE_AND_HASH = """
+import sys, hashlib, torch, pyfacts
+sys.path.insert(0, sys.argv[1])
+from conftest import DTYPES, LENGTHS, WIDTHS, sparse
+digest = hashlib.sha256()
+for dtype in DTYPES:
+    for width in WIDTHS:
+        for n_tokens in LENGTHS:
+            for density in (0.02, 0.13, 0.6):
+                for min_abs, signed_zero in ((0.0, False), (0.5, True)):
+                    x = -sparse(n_tokens, width, density, dtype, seed=width)
+                    enc = pyfacts.encode(x, min_abs, signed_zero)
+                    for plane in (*enc.planes, enc.to_dense()):
+                        digest.update(plane.contiguous().view(torch.uint8).numpy().tobytes())
+print(pyfacts.ops.isa(), digest.hexdigest())
+"""
+
+
+def run_with_isa(isa: str, *code: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYFACTS_ISA": isa, "PYTHONWARNINGS": "ignore"}
+    return subprocess.run([sys.executable, "-c", *code], env=env, capture_output=True, text=True, check=False)
+
+
+def test_every_instruction_set_gives_the_same_bytes() -> None:
+    """All variants this CPU runs, forced one after the other; what it cannot run is refused by name."""
+    digests = {}
+    for isa in ("scalar", "avx2", "avx512", "avx512vbmi2"):
+        done = run_with_isa(isa, ENCODE_AND_HASH, os.path.dirname(__file__))
+        if done.returncode:
+            assert f"PYFACTS_ISA is '{isa}'" in done.stderr
+            continue
+        name, digest = done.stdout.split()
+        assert name == isa
+        digests[isa] = digest
+    assert "scalar" in digests and len(set(digests.values())) == 1, digests
+
+
+def test_an_unknown_instruction_set_is_refused() -> None:
+    done = run_with_isa("avx9", "import pyfacts")
+    assert done.returncode and "ImportError" in done.stderr
+    assert "PYFACTS_ISA is 'avx9'" in done.stderr and "scalar" in done.stderr
+
+
+def test_one_thread_and_many_give_the_same_bytes() -> None:
+    x = sparse(1000, 1000, 0.1, torch.bfloat16)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = pyfacts.encode(x)
+        torch.set_num_threads(5)
+        many = pyfacts.encode(x)
+    finally:
+        torch.set_num_threads(threads)
+    for a, b in zip(one.planes, many.planes, strict=True):
+        assert torch.equal(a, b)
+    assert_same_bits(many.to_dense(), x)
