@@ -1,0 +1,114 @@
+"""`pyfacts.ablate`: set neurons to a value while a model runs."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .models import HookPoint, hook_points, resolve_hooks, unwrap
+from .stream import add_hook, eager
+
+
+@contextlib.contextmanager
+def ablate(model: nn.Module, indices: Mapping[str, Iterable[int] | Tensor], value: float = 0.0) -> Iterator[None]:
+    """Sets neurons, or dimensions of the residual stream, to a value while the context is open.
+
+    Works on a copy of the activations, so the model's own tensors stay whole, and gradients flow through the rest. A
+    hook sees what the hooks added before it left: a `capture` opened inside an `ablate` sees the ablated values, one
+    opened around it sees those of the layer as they were.
+
+    Args:
+        model: the model, as for `pyfacts.capture`.
+        indices: for each hook (a name from `pyfacts.hook_points(model)` or a module path) the features to set, each in
+            [0, width).
+        value: what they are set to.
+
+    Raises:
+        ValueError: an unknown hook, an index out of range, or a hook that reads the residual stream on its way into a
+            sublayer, where setting it would not change the stream (`hook_resid_mid`).
+        TypeError: indices are not integers, or value is not a number.
+
+    Example:
+        >>> import pyfacts, torch
+        >>> from transformers import OPTConfig, OPTForCausalLM
+        >>> config = OPTConfig(vocab_size=10, hidden_size=8, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2)
+        >>> model = OPTForCausalLM(config)
+        >>> with pyfacts.ablate(model, {"blocks.1.mlp.hook_post": [5, 17]}):
+        ...     with pyfacts.capture(model, "blocks.1.mlp.hook_post") as cache:
+        ...         _ = model(torch.tensor([[4, 5, 6]]))
+        >>> cache["blocks.1.mlp.hook_post"].neuron(5)[1].numel()
+        0
+    """
+    if not isinstance(indices, Mapping):
+        raise TypeError(f"indices must be a dict of hook name to feature indices, got {type(indices).__name__}")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"value must be a number, got {value!r} of type {type(value).__name__}")
+    root = unwrap(model)
+    points = resolve_hooks(model, list(indices))
+    for point in points:
+        _check_settable(model, point)
+    with contextlib.ExitStack() as exit_stack:
+        exit_stack.enter_context(eager())
+        for point in points:
+            features = _features(point, indices[point.name])
+            exit_stack.callback(
+                add_hook(root.get_submodule(point.module_path), point.side, _setter(point, features, float(value)))
+            )
+        yield
+
+
+def _features(point: HookPoint, indices: Iterable[int] | Tensor) -> Tensor:
+    """The indices as int64 [n], each within the hook's width."""
+    if isinstance(indices, Tensor):
+        if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+            raise TypeError(f"{point.name}: indices must be integers, got a tensor of {indices.dtype}")
+        indices = indices.flatten().tolist()
+    try:
+        features = [operator.index(i) for i in indices]
+    except TypeError:
+        raise TypeError(f"{point.name}: indices must be a list of integers, got {indices!r}") from None
+    _check_range(point.name, features, point.width)
+    return torch.tensor(features, dtype=torch.int64)
+
+
+def _check_range(name: str, features: list[int], width: int | None) -> None:
+    wrong = [i for i in features if i < 0 or (width is not None and i >= width)]
+    if wrong:
+        known = f"[0, {width})" if width is not None else "0 or more"
+        raise ValueError(f"{name}: feature index {wrong[0]} is out of range, expected {known}")
+
+
+def _setter(point: HookPoint, features: Tensor, value: float) -> Callable[[Any], Tensor]:
+    def set_features(x: Any) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{point.name}: {point.module_path} is handed {type(x).__name__}, not a tensor")
+        if point.width is not None and x.shape[-1] != point.width:
+            raise ValueError(f"{point.name}: activations of width {x.shape[-1]}, but the hook's width is {point.width}")
+        if point.width is None:
+            _check_range(point.name, features.tolist(), x.shape[-1])
+        return x.index_fill(-1, features.to(x.device), value)
+
+    return set_features
+
+
+def _check_settable(model: nn.Module, point: HookPoint) -> None:
+    """Refuse to set the stream where the change would reach too few of its readers, or too many."""
+    if point.kind != "rows" or point.side != "input":
+        return
+    block, _, short = point.name.rpartition(".")
+    if short.startswith("hook_resid_mid"):
+        raise ValueError(
+            f"{point.name} is read where it enters {point.module_path}; set there, the change would not reach the rest "
+            "of the stream. Set hook_resid_pre, hook_attn_out or hook_mlp_in instead"
+        )
+    block_input = hook_points(model).get(f"{block}.hook_resid_pre") if short == "hook_mlp_in" else None
+    if block_input is not None and block_input.module_path == point.module_path:
+        raise ValueError(
+            f"{point.name} is the input of the whole block {point.module_path}, attention included. Set hook_resid_pre "
+            "for both, or mlp.hook_in for the MLP alone"
+        )

@@ -1,0 +1,211 @@
+"""`pyfacts.capture`: hook a model, run it as usual, read its activations."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+
+from .encoding import EncodedActivations
+from .errors import UnknownHookError
+from .models import HookPoint, NamesFilter, resolve_hooks
+from .select import Select
+from .stream import ActivationStream, never_fired
+from .tokens import Activations, TokenMask, join
+
+__all__ = ["ActivationCache", "ActivationStream", "HookNeverFired", "capture", "warn_if_dense"]
+
+DENSE_ABOVE = 0.55
+"""Density from which a capture counts as dense. Not 0.5: a ReLU model with random weights is at 0.5 by symmetry."""
+
+
+class HookNeverFired(ValueError, RuntimeError):
+    """A hook that was asked for saw no activations."""
+
+
+class capture:
+    """Captures a model's activations while the context is open.
+
+    The model computes exactly what it would without. Every forward appends to the cache: of each hook, the tokens that
+    the attention mask keeps (all, if the model is given none). With gradient checkpointing only the first computation
+    counts. A model that was compiled runs eagerly inside the context.
+
+    Args:
+        model: a Hugging Face, TransformerLens or plain model.
+        names_filter: None for every MLP's neurons; a name or a list of names from `pyfacts.hook_points(model)`, or
+            module paths (`"fc2"` is its input, `"fc2:output"` its output); or a callable that is asked about each name.
+        select: None keeps every value that is not zero, exactly. `pyfacts.topk(k)` and `pyfacts.min_abs(theta)` keep
+            less of dense activations; `dropped_share` of the result says how much they dropped.
+        token_mask: which tokens to keep, instead of the attention mask: a bool tensor [batch, pos]; a callable that is
+            given `input_ids` and returns one, for several forwards (`lambda ids: ids != tokenizer.bos_token_id`); or a
+            dict of tensors for the streams "encoder" and "decoder".
+
+    Returns:
+        On entering, an `ActivationCache`.
+
+    Raises:
+        ValueError: an unknown hook (with close matches), a mixture of experts' neurons, no recognisable MLPs; from
+            inside the forward, activations of another width than the hook's, or a mask that does not fit.
+        TypeError: an argument of another type; from inside the forward, activations of an unsupported dtype.
+        HookNeverFired: (a ValueError and a RuntimeError) at the end, a hook that saw no activations.
+
+    Example:
+        >>> import pyfacts, torch
+        >>> from transformers import OPTConfig, OPTForCausalLM
+        >>> config = OPTConfig(vocab_size=10, hidden_size=8, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2)
+        >>> model = OPTForCausalLM(config)
+        >>> with pyfacts.capture(model) as cache:
+        ...     _ = model(torch.tensor([[4, 5, 6]]))
+        >>> cache["blocks.1.mlp.hook_post"].shape
+        torch.Size([3, 32])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        names_filter: NamesFilter = None,
+        select: Select | None = None,
+        token_mask: TokenMask = None,
+    ) -> None:
+        self._points = resolve_hooks(model, names_filter)
+        self._select = select
+        self._model = model
+        self._token_mask = token_mask
+        ActivationStream(model, self._points, select, token_mask)  # complains about the arguments before the with
+
+    def __enter__(self) -> ActivationCache:
+        self._cache = ActivationCache(self._points)
+        self._warned = self._select is not None
+        self._stream = ActivationStream(
+            self._model, self._points, self._select, self._token_mask, on_forward=self._append
+        )
+        self._stream.__enter__()
+        return self._cache
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stream.__exit__(exc_type, exc, traceback)
+        cache = self._cache
+        del self._stream, self._cache
+        silent = [point.name for point in self._points if not cache.n_forwards(point.name)]
+        if silent and exc_type is None:
+            raise HookNeverFired(never_fired(silent))
+
+    def _append(self, parts: dict[str, Activations], positions: dict[str, Tensor]) -> None:
+        self._cache._append(parts, positions)
+        if not self._warned:
+            self._warned = warn_if_dense(parts.values())
+
+
+class ActivationCache(Mapping[str, Activations]):
+    """What a capture caught: a read-only mapping from hook name to activations.
+
+    `cache[name]` is an `EncodedActivations` [n_tokens, width], or for the residual stream and its like a tensor of
+    rows. Several forwards are appended in order; nothing is copied until it is asked for.
+    """
+
+    def __init__(self, points: Sequence[HookPoint]) -> None:
+        self._points = {point.name: point for point in points}
+        self._parts: dict[str, list[Activations]] = {name: [] for name in self._points}
+        self._positions: dict[str, list[Tensor]] = {name: [] for name in self._points}
+
+    def _append(self, parts: dict[str, Activations], positions: dict[str, Tensor]) -> None:
+        for name, part in parts.items():
+            self._parts[name].append(part)
+            self._positions[name].append(positions[self._points[name].stream])
+
+    def __getitem__(self, name: str) -> Activations:
+        """The activations of one hook, all forwards of it."""
+        parts = self._find(name, self._parts)
+        if not parts:
+            raise KeyError(f"{name} has not fired yet")
+        if len(parts) > 1:
+            parts[:] = [join(parts)]
+        return parts[0]
+
+    @property
+    def positions(self) -> Tensor:
+        """int64 [n_tokens, 2] on the CPU: the (sequence, position) of each row, the same for all hooks.
+
+        Sequences are numbered on from forward to forward, in the order of the batch. Positions count the columns of the
+        batch, padding included, from 0, or from the length of the key-value cache that the forward was given; such a
+        forward that continues the one before it (`generate`) belongs to the same sequences.
+
+        Raises:
+            ValueError: the hooks saw different tokens (an encoder's and a decoder's); use `positions_of`.
+        """
+        first, *others = self._positions.items()
+        for name, positions in others:
+            if [id(p) for p in positions] != [id(p) for p in first[1]]:
+                raise ValueError(
+                    f"{first[0]} and {name} have tokens of their own (an encoder's and a decoder's, or layers that not "
+                    "every forward reaches): use cache.positions_of(name)"
+                )
+        return self.positions_of(first[0])
+
+    def positions_of(self, name: str) -> Tensor:
+        """int64 [n_tokens, 2]: the (sequence, position) of each row of one hook; see `positions`."""
+        positions = self._find(name, self._positions)
+        return torch.cat(positions) if positions else torch.empty(0, 2, dtype=torch.int64)
+
+    def n_forwards(self, name: str) -> int:
+        """How many forwards a hook has fired in."""
+        return len(self._positions[name])
+
+    def _find(self, name: str, where: dict[str, list]) -> list:
+        if name not in where:
+            close = difflib.get_close_matches(str(name), where, n=3, cutoff=0.5) or list(where)[:3]
+            raise UnknownHookError(
+                f"{name!r} was not captured; captured are {len(where)} hooks, such as {', '.join(close)}"
+            )
+        return where[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._parts
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __repr__(self) -> str:
+        lines = [f"ActivationCache of {len(self)} hooks"]
+        for name, parts in self._parts.items():
+            tokens = sum(len(part) for part in parts)
+            n_bytes = sum(part.nbytes for part in parts)
+            encoded = [part for part in parts if isinstance(part, EncodedActivations)]
+            nnz = sum(part.nnz for part in encoded)
+            elements = sum(part.shape.numel() for part in encoded)
+            shown = f"density {nnz / elements:.2%}" if elements else "rows" if parts else "nothing yet"
+            width = parts[0].shape[1] if parts else self._points[name].width
+            lines.append(f"  {name}: [{tokens}, {width}], {shown}, {n_bytes:,} bytes")
+        return "\n".join(lines)
+
+
+def warn_if_dense(parts: Iterable[Activations]) -> bool:
+    """Warn, with the remedy, if encoded activations are dense: packing finds no zeros to leave out.
+
+    Args:
+        parts: encodings; tensors of rows among them do not count.
+
+    Returns:
+        Whether it warned.
+    """
+    encoded = [part for part in parts if isinstance(part, EncodedActivations)]
+    elements = sum(part.shape.numel() for part in encoded)
+    density = sum(part.nnz for part in encoded) / elements if elements else 0.0
+    if density <= DENSE_ABOVE:
+        return False
+    warnings.warn(
+        f"the captured neurons are {density:.0%} dense, so packing saves next to nothing (GELU and SiLU have no exact "
+        "zeros). Keep less with select=pyfacts.topk(k) or select=pyfacts.min_abs(theta), or capture the latents of an "
+        "SAE",
+        stacklevel=2,
+    )
+    return True

@@ -1,0 +1,439 @@
+"""Where a model's neurons are: hook names, after TransformerLens, for Hugging Face, TransformerLens and plain models.
+
+`hook_points` walks a model once, finds its stack of blocks (the outermost list of modules that hold an MLP each) and
+names what `pyfacts.blocks` finds in each block. TransformerLens models carry the names already, as modules.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import nn
+
+from .blocks import ORDER, BlockSurvey, holds_experts, in_width, is_attention, out_width, survey_block
+
+NamesFilter = str | Iterable[str] | Callable[[str], bool] | None
+
+
+@dataclass(frozen=True)
+class HookPoint:
+    """One place in a model where activations can be read or set.
+
+    Attributes:
+        name: as given to `capture`: `blocks.3.mlp.hook_post`, or a module path such as `fc2` or `fc2:output`.
+        module_path: the module that is hooked, relative to the model without wrappers such as `torch.compile`'s.
+        side: whether the module's input or its output is meant.
+        width: the activations' last dimension, None where the module does not tell.
+        kind: "neurons" are encoded, "rows" (the residual stream and its like) are kept as they are.
+        activation: the name of the MLP's activation function as the config has it, None if there is none.
+        stream: whose tokens the rows are: "encoder" or "decoder" in a model that has both, else "" (for a module path
+            into another tower, such as a vision encoder's, the name itself).
+    """
+
+    name: str
+    module_path: str
+    side: Literal["input", "output"]
+    width: int | None
+    kind: Literal["neurons", "rows"]
+    activation: str | None = None
+    stream: str = ""
+
+
+def hook_points(model: nn.Module) -> dict[str, HookPoint]:
+    """List what can be captured from a model by name, in the order of a forward pass.
+
+    For every block `i`: `blocks.{i}.mlp.hook_post`, the MLP's neurons `[n_tokens, d_mlp]` (the input of the
+    down-projection), and, as far as the architecture has a module that carries them, the rows `[n_tokens, d_model]`:
+
+    - `hook_resid_pre` and `hook_resid_post`: the block's input and output.
+    - `hook_attn_out` and `hook_mlp_out`: what attention and the MLP add to the residual stream, after the norms that
+      Gemma has behind them. Dropout behind them is not seen (there is none in eval mode).
+    - `hook_resid_mid` = `hook_resid_pre` + `hook_attn_out`. Models whose attention and MLP run side by side (Phi,
+      GPT-NeoX by default) have none. T5's decoder has `hook_cross_attn_out` and `hook_resid_mid_cross` as well.
+    - `hook_mlp_in`: the residual stream as it enters the MLP's branch, before the norm; `mlp.hook_in`: what the MLP
+      itself reads, after that norm. Where the norm follows the sum (BERT), the two are the same.
+
+    Encoder-decoder models have `encoder_blocks.{i}` and `decoder_blocks.{i}`. In a mixture of experts the dense and the
+    shared MLPs are listed (`blocks.{i}.mlp.shared_expert.hook_post`), the experts are not: a token visits only some.
+
+    Args:
+        model: a Hugging Face, TransformerLens or plain model; wrappers such as `torch.compile`'s are looked through.
+
+    Returns:
+        The hooks by name.
+
+    Raises:
+        ValueError: no stack of blocks with MLPs is recognised (any module can still be captured by its path).
+
+    Example:
+        >>> from transformers import OPTConfig, OPTForCausalLM
+        >>> config = OPTConfig(vocab_size=10, hidden_size=8, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2)
+        >>> hook_points(OPTForCausalLM(config))["blocks.1.mlp.hook_post"].module_path
+        'model.decoder.layers.1.fc2'
+    """
+    survey = _survey(unwrap(model))
+    if not survey.points:
+        raise ValueError(survey.ambiguous or _no_mlps(model))
+    return survey.points
+
+
+def resolve_hooks(model: nn.Module, names_filter: NamesFilter = None) -> list[HookPoint]:
+    """The hooks that a `names_filter` names.
+
+    Args:
+        model: the model.
+        names_filter: None for every MLP's neurons; a name or a list of names, each from `hook_points` or a module path
+            (`"fc2"` for its input, `"fc2:output"` for its output); or a callable that is asked about every name.
+
+    Returns:
+        The hooks, each once, in the order of the list given or else of the forward pass.
+
+    Raises:
+        ValueError: an unknown name (the message lists close matches), a mixture of experts' neurons, or no hook at all.
+        TypeError: `names_filter` is something else.
+    """
+    survey = _survey(unwrap(model))
+    if names_filter is None or callable(names_filter):
+        chosen = [
+            point
+            for name, point in survey.points.items()
+            if (point.kind == "neurons" if names_filter is None else names_filter(name))
+        ]
+        if not chosen and names_filter is not None and survey.points:
+            raise ValueError(
+                f"names_filter chose none of the model's {len(survey.points)} hooks: {_some(survey.points)}"
+            )
+        if not chosen:
+            raise ValueError(survey.ambiguous or next(iter(survey.refused.values()), None) or _no_mlps(model))
+        return chosen
+    names = [names_filter] if isinstance(names_filter, str) else names_filter
+    if not isinstance(names, Iterable):
+        raise TypeError(f"names_filter must be None, a str, a list of str or a callable, got {type(names).__name__}")
+    chosen_by_name: dict[str, HookPoint] = {}
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"names_filter must hold hook names as str, got {name!r} of type {type(name).__name__}")
+        chosen_by_name[name] = _resolve(unwrap(model), survey, name)
+    if not chosen_by_name:
+        raise ValueError("names_filter is empty: name at least one hook, or pass None for every MLP's neurons")
+    return list(chosen_by_name.values())
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside `torch.compile`'s and data-parallel wrappers."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a model that is a torch.nn.Module, got {type(model).__name__}")
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and list(model._modules) == ["module"]:
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+@dataclass
+class _Survey:
+    points: dict[str, HookPoint] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)  # a name one would ask for, and why it is not given
+    ambiguous: str | None = None  # why there are no names, though there are MLPs
+
+
+def _survey(model: nn.Module) -> _Survey:
+    lens_hooks = _lens_hooks(model)
+    return _survey_lens(model, lens_hooks) if lens_hooks else _survey_blocks(model)
+
+
+# --- Hugging Face and models built like them -------------------------------------------------------------------------
+
+OTHER_TOWERS = re.compile(r"vision|visual|image|audio|speech|\bmtp\b")
+"""Stacks whose path has one of these are not the language model's, and are left out where there is another stack."""
+
+
+@dataclass
+class _Stack:
+    path: str
+    blocks: dict[int, tuple[str, BlockSurvey]]  # index -> (path, what is in it)
+
+    @property
+    def example(self) -> str:
+        path, found = next(iter(self.blocks.values()))
+        return f"{path}.{found.mlps[0].down}" if found.mlps else path
+
+
+def _survey_blocks(model: nn.Module) -> _Survey:
+    stacks = list(_stacks(model))
+    stacks = [stack for stack in stacks if not OTHER_TOWERS.search(stack.path)] or stacks
+    result = _Survey()
+    prefixes = _prefixes(stacks)
+    if prefixes is None:
+        result.ambiguous = (
+            f"the model has {len(stacks)} stacks of blocks ({', '.join(s.path or 'the model itself' for s in stacks)}) "
+            'and pyfacts cannot tell which is meant: name module paths, such as names_filter="'
+            f'{stacks[0].example}"'
+        )
+        return result
+    for prefix, stack in prefixes:
+        activation = _activation(model, stack.path)
+        for index, (path, found) in stack.blocks.items():
+            _name_block(model, f"{prefix}.{index}", path, found, activation, result)
+    return result
+
+
+def _stacks(model: nn.Module) -> Iterator[_Stack]:
+    """The outermost lists of blocks: module lists whose members hold an MLP (or experts) each, and not several."""
+    inside: list[str] = []
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList | nn.Sequential) or any(path.startswith(outer) for outer in inside):
+            continue
+        blocks = {}
+        for name, child in module.named_children():
+            block_path = f"{path}.{name}" if path else name
+            while isinstance(getattr(child, "_orig_mod", None), nn.Module):  # a block that is compiled by itself
+                child, block_path = child._orig_mod, f"{block_path}._orig_mod"  # type: ignore[assignment]
+            found = survey_block(child)
+            if (found.mlps or found.experts) and name.isdigit():
+                blocks[int(name)] = (block_path, found)
+        if blocks and all(len(_plain_mlps(found)) <= 1 for _, found in blocks.values()):
+            inside.append(f"{path}." if path else "")
+            yield _Stack(path, blocks)
+
+
+def _plain_mlps(found: BlockSurvey) -> list[str]:
+    """The holders of dense MLPs that do not lie in one module with experts (those are the shared ones)."""
+    mixtures = {path.rpartition(".")[0] for path in found.experts}
+    return [mlp.holder for mlp in found.mlps if not any(m and mlp.holder.startswith(f"{m}.") for m in mixtures)]
+
+
+def _prefixes(stacks: list[_Stack]) -> list[tuple[str, _Stack]] | None:
+    """What the hooks of each stack begin with; None if that cannot be told."""
+    if len(stacks) <= 1:
+        return [("blocks", stack) for stack in stacks]
+    sides = {next((side for side in ("decoder", "encoder") if side in stack.path), ""): stack for stack in stacks}
+    if len(stacks) != 2 or sides.keys() != {"encoder", "decoder"}:
+        return None
+    return [(f"{side}_blocks", sides[side]) for side in ("encoder", "decoder")]
+
+
+def _name_block(
+    model: nn.Module, prefix: str, path: str, found: BlockSurvey, activation: str | None, result: _Survey
+) -> None:
+    stream = prefix.partition("_blocks")[0] if "_blocks" in prefix else ""
+    d_model = _d_model(model, path, found)
+    plain = _plain_mlps(found)
+    neurons = {}
+    for mlp in found.mlps:
+        inner_path = mlp.holder.partition(".")[2]
+        short = "mlp.hook_post" if mlp.holder in plain else f"mlp.{inner_path}.hook_post"
+        neurons[short] = HookPoint(
+            f"{prefix}.{short}", f"{path}.{mlp.down}", "input", mlp.width, "neurons", activation, stream
+        )
+    for short in ORDER:
+        if short == "mlp.hook_post":
+            result.points.update((point.name, point) for point in neurons.values())
+        elif short in found.rows:
+            module, _, side = found.rows[short].partition(":")
+            full_path = f"{path}.{module}" if module else path
+            name = f"{prefix}.{short}"
+            result.points[name] = HookPoint(
+                name, full_path, "output" if side else "input", d_model, "rows", None, stream
+            )
+    if found.experts and "mlp.hook_post" not in neurons:
+        beside = f" The shared MLP beside them is {', '.join(p.name for p in neurons.values())}." if neurons else ""
+        name = f"{prefix}.mlp.hook_post"
+        result.refused[name] = _refusal(name, f"{path}.{found.experts[0]}") + beside
+
+
+def _d_model(model: nn.Module, path: str, found: BlockSurvey) -> int | None:
+    if found.mlps:
+        return out_width(model.get_submodule(f"{path}.{found.mlps[0].down}"))
+    config = _config(model, path)
+    size = getattr(config, "hidden_size", None) or getattr(config, "d_model", None)
+    return size if isinstance(size, int) else None
+
+
+def _config(model: nn.Module, path: str) -> object:
+    """The config nearest to a module: a multimodal model's language model has one of its own."""
+    parts = path.split(".")
+    for depth in range(len(parts), -1, -1):
+        config = getattr(model.get_submodule(".".join(parts[:depth])), "config", None)
+        if config is not None:
+            return config
+    return None
+
+
+def _activation(model: nn.Module, path: str) -> str | None:
+    config = _config(model, path)
+    for key in ("activation_function", "hidden_activation", "hidden_act", "dense_act_fn", "activation"):
+        value = getattr(config, key, None)
+        if value is not None:
+            return value if isinstance(value, str) else getattr(value, "__name__", type(value).__name__)
+    return None
+
+
+# --- TransformerLens -------------------------------------------------------------------------------------------------
+
+_LENS_NEURONS = re.compile(
+    r"^(?P<block>(?:\w+\.)*?(?:(?:encoder_|decoder_)?blocks|encoder|decoder)\.\d+)\.mlp\.hook_post$"
+)
+
+_LENS_EXPERTS = re.compile(r"^\w*blocks\.\d+\.mlp\.experts$")
+
+
+def _lens_hooks(model: nn.Module) -> dict[str, nn.Module]:
+    """A TransformerLens model's HookPoint modules by every name they have; empty for any other model."""
+    hooks = dict(getattr(model, "hook_dict", None) or {})
+    if not hooks:
+        hooks = {path: module for path, module in model.named_modules() if path.rpartition(".")[2].startswith("hook_")}
+    lens = any(_LENS_NEURONS.match(name) for name in hooks) or hasattr(model, "hook_dict")
+    return hooks if lens else {}
+
+
+def _survey_lens(model: nn.Module, hooks: dict[str, nn.Module]) -> _Survey:
+    blocks = {match["block"]: None for match in map(_LENS_NEURONS.match, hooks) if match}
+    blocks |= {
+        path.removesuffix(".mlp.experts"): None for path, _ in model.named_modules() if _LENS_EXPERTS.match(path)
+    }
+    both_sides = len({block.rpartition(".")[0] for block in blocks}) > 1
+    cfg = getattr(model, "cfg", None)
+    paths = {id(module): path for path, module in reversed(list(model.named_modules()))}
+    result = _Survey()
+    for block in sorted(blocks, key=_natural):
+        stream = re.sub(r"_?blocks$", "", block.rpartition(".")[0]) if both_sides else ""
+        experts = survey_block(model.get_submodule(block)).experts
+        for short in ORDER:
+            name = f"{block}.{short}"
+            module, side = hooks.get(name), "output"
+            if short == "mlp.hook_in" and name in hooks and _is_bypassed(model, block):
+                module = hooks.get(f"{block}.mlp.in.hook_in")
+            if (module is None and short == "hook_mlp_in") or _is_gated(module, cfg):
+                module, side = _lens_mlp_norm(model, block, hooks), "input"
+            if module is None or id(module) not in paths:
+                continue
+            neurons = short == "mlp.hook_post"
+            if neurons and experts:  # the name is there, and may hand out the mixture's output
+                continue
+            result.points[name] = HookPoint(
+                name,
+                paths[id(module)],
+                side,  # type: ignore[arg-type]
+                _lens_width(model, paths[id(module)], cfg, neurons),
+                "neurons" if neurons else "rows",
+                getattr(cfg, "act_fn", None) if neurons else None,
+                stream,
+            )
+        if experts:
+            name = f"{block}.mlp.hook_post"
+            result.refused[name] = _refusal(name, f"{block}.{experts[0]}")
+    return result
+
+
+def _lens_width(model: nn.Module, hook_path: str, cfg: object, neurons: bool) -> int | None:
+    """The width of a hook: of neurons, from the down-projection; the config's `d_mlp` can be a guess."""
+    width = getattr(cfg, "d_mlp" if neurons else "d_model", None)
+    if neurons:
+        holder = model.get_submodule(hook_path.rpartition(".")[0])
+        if "W_out" in holder._parameters:  # HookedTransformer: [d_mlp, d_model]
+            width = holder._parameters["W_out"].shape[0]  # type: ignore[union-attr]
+        elif isinstance(getattr(holder, "_original_component", None), nn.Module):
+            width = in_width(holder._original_component) or width  # type: ignore[arg-type]
+    return width if isinstance(width, int) else None
+
+
+def _is_gated(hook: nn.Module | None, cfg: object) -> bool:
+    """Whether this is the `hook_mlp_in` that TransformerLens calls only if the config's `use_hook_mlp_in` is set."""
+    if hook is None or getattr(cfg, "use_hook_mlp_in", True):
+        return False
+    return str(getattr(hook, "name", "")).endswith("hook_mlp_in")
+
+
+def _is_bypassed(model: nn.Module, block: str) -> bool:
+    """Whether a bridge's MLP wraps nothing (OPT's lies in the block itself), so that its own hooks are not called."""
+    mlp = getattr(model.get_submodule(block), "mlp", None)
+    return hasattr(mlp, "_original_component") and getattr(mlp, "name", "") is None
+
+
+def _lens_mlp_norm(model: nn.Module, block: str, hooks: dict[str, nn.Module]) -> nn.Module | None:
+    """The norm in front of the MLP: its input is `hook_mlp_in`, whether or not TransformerLens copies it out."""
+    if f"{block}.hook_normalized_resid_post" in hooks:  # BERT's `ln2` comes after the MLP
+        return None
+    norm = getattr(model.get_submodule(block), "ln2", None)
+    return norm if isinstance(norm, nn.Module) else None
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+# --- one name --------------------------------------------------------------------------------------------------------
+
+
+def _resolve(model: nn.Module, survey: _Survey, name: str) -> HookPoint:
+    if name in survey.points:
+        return survey.points[name]
+    if name in survey.refused:
+        raise ValueError(survey.refused[name])
+    lens_hook = _lens_hooks(model).get(name)
+    path, _, side = name.partition(":")
+    if lens_hook is not None:
+        paths = {id(module): module_path for module_path, module in model.named_modules()}
+        if id(lens_hook) in paths:
+            _refuse_experts(model, paths[id(lens_hook)], name)
+            kind: Literal["neurons", "rows"] = "neurons" if name.endswith(("acts_post", "mlp.hook_pre")) else "rows"
+            return HookPoint(name, paths[id(lens_hook)], "output", None, kind)
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        raise ValueError(_unknown(model, survey, name)) from None
+    if not path or side not in ("", "input", "output"):
+        raise ValueError(f'{name!r} is no hook: a module path is "path" or "path:input" for its input, "path:output"')
+    _refuse_experts(model, path, name)
+    streams = {point.stream for point in survey.points.values()} - {""}
+    stream = next((s for s in sorted(streams) if any(s in part for part in path.split("."))), "")
+    if survey.points and OTHER_TOWERS.search(path):
+        stream = name  # patches of an image, say: rows that are not the text's tokens
+    if side == "output":
+        return HookPoint(name, path, "output", out_width(module), "neurons", None, stream)
+    return HookPoint(name, path, "input", in_width(module), "neurons", None, stream)
+
+
+def _refuse_experts(model: nn.Module, path: str, name: str) -> None:
+    parts = path.split(".")
+    for depth in range(1, len(parts) + 1):
+        outer = ".".join(parts[:depth])
+        if parts[depth - 1] == "experts" or (not is_attention(outer) and holds_experts(model.get_submodule(outer))):
+            raise ValueError(_refusal(name, outer))
+
+
+def _refusal(name: str, experts: str) -> str:
+    return (
+        f"{name} is a mixture of experts ({experts} holds many MLPs' weights): each token visits only some of them, so "
+        "there is no one row of neurons for a token, and pyfacts does not capture experts. Dense and shared MLPs "
+        "beside them, and the residual stream, can be captured (pyfacts.hook_points lists them)."
+    )
+
+
+def _unknown(model: nn.Module, survey: _Survey, name: str) -> str:
+    known = [*survey.points, *(path for path, _ in model.named_modules() if path)]
+    close = difflib.get_close_matches(name, known, n=5, cutoff=0.6)
+    hint = f"Close matches: {', '.join(close)}." if close else f"Known are {_some(survey.points or known)}."
+    return f"unknown hook {name!r}: neither a name from pyfacts.hook_points(model) nor the path of a module. {hint}"
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = list(names)
+    return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")
+
+
+def _no_mlps(model: nn.Module) -> str:
+    linear = [p for p, m in unwrap(model).named_modules() if p and isinstance(m, torch.nn.Linear)]
+    example = linear[-1] if linear else "path.to.module"
+    return (
+        f"pyfacts recognises no MLP blocks in this {type(unwrap(model)).__name__}. Any module can be captured by its "
+        f'path: names_filter="{example}" takes its input, "{example}:output" its output.'
+    )

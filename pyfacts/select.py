@@ -1,0 +1,164 @@
+"""What to keep of dense activations: the k largest per token, or those above a threshold. Lossy, and it says how much.
+
+A select is any object with `encode(x) -> EncodedActivations` and `describe() -> dict`. What it keeps, it keeps exactly;
+the result's `dropped_share` is the share of squared norm that it did not keep.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import operator
+from dataclasses import replace
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from .encoding import EncodedActivations, _check_matrix, encode, row_sq_norm
+
+CHUNK_ELEMENTS = 1 << 22
+"""Top-k works through the tokens in pieces of about this many elements: its keys are 8 bytes each."""
+
+
+@runtime_checkable
+class Select(Protocol):
+    """What `capture(select=...)` takes."""
+
+    def encode(self, x: Tensor) -> EncodedActivations:
+        """Packs what is kept of x [n_tokens, n_features], with `sq_norm` of the whole rows."""
+
+    def describe(self) -> dict[str, object]:
+        """What this is, in JSON types: a dump records it, and resumes only under an equal one."""
+
+
+class topk:
+    """Keeps, for each token, the k activations that are largest in absolute value.
+
+    Exact: among equal ones the lowest feature index wins, and NaN counts as larger than everything. Zeros are never
+    stored, so a token with fewer than k non-zeros has that many values.
+
+    Args:
+        k: how many, at least 1 and at most the number of features.
+
+    Raises:
+        TypeError: k is not an integer.
+        ValueError: k is below 1, or (when it is used) above the number of features.
+
+    Example:
+        >>> import torch, pyfacts
+        >>> enc = pyfacts.topk(2).encode(torch.tensor([[1.0, -3.0, 2.0, 0.5]]))
+        >>> enc.to_dense(), round(enc.dropped_share, 4)
+        (tensor([[ 0., -3.,  2.,  0.]]), 0.0877)
+    """
+
+    def __init__(self, k: int) -> None:
+        if isinstance(k, bool):
+            raise TypeError("k must be an int, got a bool")
+        try:
+            self.k = operator.index(k)
+        except TypeError:
+            raise TypeError(f"k must be an int, got {k!r} of type {type(k).__name__}") from None
+        if self.k < 1:
+            raise ValueError(f"k must be at least 1, got {self.k}")
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> EncodedActivations:
+        """Packs the k largest |x| of each row of x [n_tokens, n_features]."""
+        _check_matrix("x", x)
+        n_features = x.shape[1]
+        if self.k > n_features:
+            raise ValueError(f"topk(k={self.k}) of activations that have only {n_features} features; lower k")
+        kept = torch.zeros_like(x, memory_format=torch.contiguous_format)
+        step = max(1, CHUNK_ELEMENTS // max(1, n_features))
+        for start in range(0, x.shape[0], step):
+            rows = x[start : start + step]
+            indices = _keys(rows).topk(self.k, dim=1, sorted=False).indices
+            kept[start : start + step].scatter_(1, indices, rows.gather(1, indices))
+        return replace(encode(kept), sq_norm=row_sq_norm(x))
+
+    def describe(self) -> dict[str, object]:
+        """{"kind": "topk", "k": k}"""
+        return {"kind": "topk", "k": self.k}
+
+    def __repr__(self) -> str:
+        return f"pyfacts.topk({self.k})"
+
+
+class min_abs:
+    """Keeps the activations whose absolute value is above a threshold, and NaNs.
+
+    Args:
+        theta: at least 0; a float for all features, or a 1-D tensor with one threshold per feature.
+
+    Raises:
+        TypeError: theta is neither a number nor a floating-point tensor.
+        ValueError: theta is negative or NaN, not 1-D, or (when it is used) of another length than the features.
+
+    Example:
+        >>> import torch, pyfacts
+        >>> x = torch.tensor([[1.0, -3.0, 2.0, 0.5]])
+        >>> pyfacts.min_abs(1.0).encode(x).to_dense()
+        tensor([[ 0., -3.,  2.,  0.]])
+        >>> pyfacts.min_abs(torch.tensor([0.5, 4.0, 0.0, 0.5])).encode(x).to_dense()
+        tensor([[1., 0., 2., 0.]])
+    """
+
+    def __init__(self, theta: float | Tensor) -> None:
+        if isinstance(theta, Tensor):
+            if theta.is_complex() or theta.dtype == torch.bool:
+                raise TypeError(f"theta must hold real numbers, got dtype {theta.dtype}")
+            if theta.dim() > 1:
+                raise ValueError(f"theta must be a number or 1-D [n_features], got shape {tuple(theta.shape)}")
+            theta = theta.detach().clone() if theta.dim() else theta.item()
+        elif isinstance(theta, bool) or not isinstance(theta, int | float):
+            raise TypeError(f"theta must be a number or a 1-D tensor, got {theta!r} of type {type(theta).__name__}")
+        smallest = float(theta.min()) if isinstance(theta, Tensor) and theta.numel() else theta  # NaN if any is NaN
+        if isinstance(smallest, float | int) and not smallest >= 0:
+            raise ValueError(f"theta must be at least 0, got {smallest}; |activation| is compared with it")
+        self.theta = theta if isinstance(theta, Tensor) else float(theta)
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> EncodedActivations:
+        """Packs the elements of x [n_tokens, n_features] with |x| > theta, and NaNs."""
+        if not isinstance(self.theta, Tensor):
+            return encode(x, min_abs=self.theta)
+        _check_matrix("x", x)
+        if self.theta.shape[0] != x.shape[1]:
+            raise ValueError(
+                f"min_abs has one threshold per feature, {self.theta.shape[0]} in all, but the activations have "
+                f"{x.shape[1]} features"
+            )
+        if self.theta.device != x.device:
+            self.theta = self.theta.to(x.device)
+        # Not |x| > theta: a NaN is kept because it compares false.
+        kept = x.masked_fill(x.abs() <= self.theta, 0)
+        return replace(encode(kept), sq_norm=row_sq_norm(x))
+
+    def describe(self) -> dict[str, object]:
+        """{"kind": "min_abs", "theta": θ}, or for a tensor its length, range and a SHA-256 of its float64 bytes."""
+        if not isinstance(self.theta, Tensor):
+            return {"kind": "min_abs", "theta": self.theta}
+        theta = self.theta.double().cpu()
+        return {
+            "kind": "min_abs",
+            "n_features": theta.shape[0],
+            "theta_min": theta.min().item() if theta.numel() else 0.0,
+            "theta_max": theta.max().item() if theta.numel() else 0.0,
+            "theta_sha256": hashlib.sha256(theta.numpy().tobytes()).hexdigest(),
+        }
+
+    def __repr__(self) -> str:
+        shown = f"<{self.theta.shape[0]} thresholds>" if isinstance(self.theta, Tensor) else repr(self.theta)
+        return f"pyfacts.min_abs({shown})"
+
+
+def _keys(x: Tensor) -> Tensor:
+    """int64 keys [n_tokens, n_features], all different in a row, whose order is the one that `topk` promises.
+
+    The bits of a non-negative float32 order like the number, so |x|'s are the upper half, with every NaN just above
+    infinity; in the lower half an earlier feature is larger.
+    """
+    bits = x.float().abs().view(torch.int32)
+    infinity = 0x7F800000
+    column = torch.arange(x.shape[1], device=x.device)
+    return (bits.clamp(max=infinity + 1).long() << 32) | (0xFFFFFFFF - column)

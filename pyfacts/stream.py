@@ -1,0 +1,314 @@
+"""The hooks: activations of chosen tokens leave a running model, packed, at the moment they are computed.
+
+`ActivationStream` is what `pyfacts.capture` and `pyfacts.dump` share. It hooks the modules that `HookPoint`s name, and
+the modules around the stack of blocks (the model, its base model, its encoder and decoder), where a forward begins and
+its token ids and attention mask are seen. Nothing dense is kept: each hook encodes the tensor it is handed, under
+no_grad, and returns None, so the model computes what it would without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .encoding import DTYPES, encode
+from .models import HookPoint, unwrap
+from .select import Select
+from .tokens import Activations, End, Forward, Taken, TokenMask, Tokens, past_length
+
+OnForward = Callable[[dict[str, Activations], dict[str, Tensor]], None]
+
+
+class _Stop(BaseException):
+    """Ends a forward whose remaining layers nobody asked for. Not an Exception, lest the model's code swallow it."""
+
+
+class ActivationStream:
+    """Hooks a model's activations, for as long as it is entered.
+
+    Args:
+        model: the model; wrappers are looked through, and compiled code runs eagerly meanwhile.
+        points: the hooks, from `resolve_hooks`.
+        select: what to keep of neurons; None keeps all that is not zero.
+        token_mask: see `pyfacts.capture`.
+        on_forward: called at the end of every forward that fired hooks, with the activations {hook name: encoding, or
+            rows [n, width]} and the positions {stream: int64 [n, 2]} of their tokens.
+        stop_early: end each `run` as soon as all hooks have their tokens.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        points: Sequence[HookPoint],
+        select: Select | None = None,
+        token_mask: TokenMask = None,
+        on_forward: OnForward | None = None,
+        stop_early: bool = False,
+    ) -> None:
+        if select is not None and not isinstance(select, Select):
+            raise TypeError(f"select must be pyfacts.topk(k), pyfacts.min_abs(theta) or alike, got {select!r}")
+        if token_mask is not None and not isinstance(token_mask, Tensor | Mapping) and not callable(token_mask):
+            raise TypeError(f"token_mask must be a tensor, a dict of tensors or a callable, got {token_mask!r}")
+        self.model = model
+        self.points = list(points)
+        self.select = select
+        self.token_mask = token_mask
+        self.on_forward = on_forward
+        self.stop_early = stop_early
+        self._forward: Forward | None = None
+        self._ends: dict[str, End] = {}
+        self._exit = contextlib.ExitStack()
+
+    # ---- entering and leaving ----------------------------------------------------------------------------------------
+
+    def __enter__(self) -> ActivationStream:
+        root = unwrap(self.model)
+        with contextlib.ExitStack() as exit_stack:
+            exit_stack.enter_context(eager())
+            for path, streams in self._owners(root).items():
+                module = root.get_submodule(path)
+                begin, end = self._begin_hook(path, streams, module), self._end_hook(module)
+                exit_stack.callback(module.register_forward_pre_hook(begin, prepend=True, with_kwargs=True).remove)
+                exit_stack.callback(module.register_forward_hook(end, always_call=True).remove)
+            for point in self.points:
+                exit_stack.callback(add_hook(root.get_submodule(point.module_path), point.side, self._taker(point)))
+            self._exit = exit_stack.pop_all()
+        return self
+
+    def __exit__(self, exc_type: object, exc: object, traceback: object) -> None:
+        self._exit.close()
+        forward, self._forward = self._forward, None
+        if forward is not None and exc_type is None and forward.owner is None:
+            self._deliver(forward)
+
+    def run(self, token_mask: TokenMask, /, *args: Any, **inputs: Any) -> dict[str, Activations]:
+        """Runs the model once, without gradients, and returns the activations of the tokens that the mask names.
+
+        Args:
+            token_mask: bool [batch, pos], or None for the attention mask's tokens.
+            *args: the model's positional inputs.
+            **inputs: the model's inputs.
+
+        Returns:
+            {hook name: EncodedActivations [n, width], or a tensor [n, width] for rows}.
+
+        Raises:
+            ValueError: a hook did not fire, or was handed something that is not one row per token.
+        """
+        collected: dict[str, Activations] = {}
+        on_forward, self.on_forward = self.on_forward, lambda parts, positions: collected.update(parts)
+        kept_mask, self.token_mask = self.token_mask, token_mask
+        try:
+            with torch.no_grad():
+                self.model(*args, **inputs)
+            if self._forward is not None:  # nothing around the blocks was called through its hooks
+                self._deliver(self._forward)
+        except _Stop:
+            assert self._forward is not None
+            self._deliver(self._forward)
+        finally:
+            self._forward = None
+            self.on_forward, self.token_mask = on_forward, kept_mask
+        missing = [point.name for point in self.points if point.name not in collected]
+        if missing:
+            raise ValueError(never_fired(missing))
+        return {point.name: collected[point.name] for point in self.points}
+
+    # ---- where a forward begins and ends -----------------------------------------------------------------------------
+
+    def _owners(self, root: nn.Module) -> dict[str, set[str]]:
+        """The modules from the root down to the stacks of blocks, by path, with the streams of the hooks below them."""
+        owners: dict[str, set[str]] = {"": set()}
+        for point in self.points:
+            parts = point.module_path.split(".")
+            owners[""].add(point.stream)
+            for depth in range(1, len(parts)):
+                path = ".".join(parts[:depth])
+                if isinstance(root.get_submodule(path), nn.ModuleList | nn.Sequential | nn.ModuleDict):
+                    break
+                owners.setdefault(path, set()).add(point.stream)
+        return owners
+
+    def _begin_hook(self, path: str, streams: set[str], module: nn.Module) -> Callable[..., None]:
+        names = _forward_signature(module)
+
+        def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if _recomputing():
+                return
+            forward = self._forward
+            # A module that begins inside its own forward was left by an exception that no hook sees.
+            if forward is None or forward.owner is None or forward.owner is module:
+                if forward is not None and forward.owner is None:
+                    self._deliver(forward)
+                forward = self._forward = Forward(owner=module)
+            bound = _bind(names, args, kwargs)
+            for stream in streams & {"", "encoder", "decoder"}:
+                prefix = "decoder_" if stream == "decoder" and "decoder" not in path else ""
+                tokens = forward.tokens.setdefault(stream, Tokens())
+                tokens.learn(bound, prefix, args)
+                if stream != "encoder":
+                    tokens.past = tokens.past or past_length(bound.get("past_key_values"))
+
+        return begin
+
+    def _end_hook(self, module: nn.Module) -> Callable[..., None]:
+        def end(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            forward = self._forward
+            if forward is None or forward.owner is not module or _recomputing():
+                return
+            self._forward = None
+            failed = output is None and sys.exc_info()[0] is not None
+            if not failed:  # a forward that raised leaves nothing behind
+                self._deliver(forward)
+
+        return end
+
+    def _deliver(self, forward: Forward) -> None:
+        if not forward.taken:
+            return
+        parts = {name: taken.join(name, forward.tokens[taken.stream]) for name, taken in forward.taken.items()}
+        positions = {}
+        for stream in {taken.stream for taken in forward.taken.values()}:
+            tokens = forward.tokens[stream]
+            positions[stream] = tokens.positions(self._ends.setdefault(stream, End()))
+        if self.on_forward is not None:
+            self.on_forward(parts, positions)
+
+    # ---- taking activations ------------------------------------------------------------------------------------------
+
+    def _taker(self, point: HookPoint) -> Callable[[Any], None]:
+        def take(value: Any) -> None:
+            if _recomputing():
+                return
+            with torch.inference_mode(False), torch.no_grad():
+                self._take(point, value)
+            forward = self._forward
+            if self.stop_early and forward is not None and forward.complete(self.points):
+                raise _Stop
+
+        return take
+
+    def _take(self, point: HookPoint, value: Any) -> None:
+        x = _check(point, value)
+        forward = self._forward
+        if forward is None or (forward.owner is None and forward.has_all(point.name)):
+            # The blocks were called around the model's own __call__ (`model.forward(...)` does that).
+            if forward is not None:
+                self._deliver(forward)
+            forward = self._forward = Forward(owner=None)
+        tokens = forward.tokens.setdefault(point.stream, Tokens())
+        tokens.settle(x, self.token_mask, point)
+        taken = forward.taken.setdefault(point.name, Taken(point.stream))
+        x, counts = tokens.choose(x, taken, point.name)
+        if point.kind == "rows":
+            # A copy: the model may go on to change the tensor in place, and a view would keep all of it alive.
+            part: Activations = x.clone() if counts is None else x
+        else:
+            part = encode(x) if self.select is None else self.select.encode(x)
+        taken.parts.append(part)
+        taken.counts.append(counts)
+
+
+# ---- modules and tensors ---------------------------------------------------------------------------------------------
+
+
+def add_hook(module: nn.Module, side: str, act: Callable[[Any], Any]) -> Callable[[], None]:
+    """Call `act` with a module's input or output tensor at every forward; a tensor that it returns takes its place.
+
+    Args:
+        module: the module.
+        side: "input" (its first tensor argument) or "output" (the first of a tuple).
+        act: called with that tensor (or with whatever is there instead); returns None to leave it.
+
+    Returns:
+        A function that takes the hook off.
+    """
+
+    def before(
+        _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if args and isinstance(args[0], Tensor):
+            new = act(args[0])
+            return None if new is None else ((new, *args[1:]), kwargs)
+        tensors = [key for key, value in kwargs.items() if isinstance(value, Tensor)]
+        if not tensors:
+            act(args[0] if args else None)  # which says what is wrong with it
+            return None
+        key = "hidden_states" if "hidden_states" in tensors else tensors[0]
+        new = act(kwargs[key])
+        return None if new is None else (args, kwargs | {key: new})
+
+    def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, tuple | list) and output:
+            new = act(output[0])
+            return None if new is None else type(output)([new, *output[1:]])
+        return act(output)
+
+    if side == "input":
+        return module.register_forward_pre_hook(before, with_kwargs=True).remove
+    return module.register_forward_hook(after).remove
+
+
+@contextlib.contextmanager
+def eager() -> Iterator[None]:
+    """Run compiled code eagerly: hooks that are added to a model after it was compiled would not fire."""
+    if "torch._dynamo" not in sys.modules:  # nothing can have been compiled; and importing it takes seconds
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def never_fired(names: Sequence[str]) -> str:
+    """The message for hooks that no forward reached."""
+    return (
+        f"{len(names)} of the requested hooks never fired: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}. "
+        "Either no forward pass ran, or it did not reach their modules (a branch that is switched off, a module that "
+        "is bypassed by a fused or compiled path, or a copy of the model that was run instead)."
+    )
+
+
+def _check(point: HookPoint, value: Any) -> Tensor:
+    """The activations that a hook was handed, or an error that says what is wrong with them."""
+    side = f"the {point.side} of {point.module_path or 'the model'}"
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{point.name}: {side} is {type(value).__name__}, not a tensor; name a module that has one")
+    if value.dtype not in DTYPES:
+        raise TypeError(
+            f"{point.name}: {side} is {value.dtype}; activations must be float32, bfloat16 or float16: run the model "
+            "in one of these"
+        )
+    if value.dim() == 0:
+        raise ValueError(f"{point.name}: {side} is a single number, not a row per token")
+    if point.width is not None and value.shape[-1] != point.width:
+        raise ValueError(
+            f"{point.name}: {side} has width {value.shape[-1]} (shape {tuple(value.shape)}), but the hook's width is "
+            f"{point.width}: these are not its activations (or, under tensor parallelism, only a shard of them)"
+        )
+    return value.detach()
+
+
+def _recomputing() -> bool:
+    """Whether a backward pass is running: gradient checkpointing recomputes a forward that was captured before."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _forward_signature(module: nn.Module) -> inspect.Signature | None:
+    try:
+        return inspect.signature(module.forward)
+    except (TypeError, ValueError):
+        return None
+
+
+def _bind(signature: inspect.Signature | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments by name; those that do not fit are the model's to complain about."""
+    try:
+        return dict(signature.bind_partial(*args).arguments) | kwargs if signature is not None else kwargs
+    except TypeError:
+        return kwargs

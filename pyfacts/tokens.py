@@ -1,0 +1,209 @@
+"""The tokens of one forward pass: how many there are, which are wanted, and where they stand.
+
+A `Forward` knows the `Tokens` of each stream (an encoder and a decoder have their own) and what each hook has `Taken`.
+Shapes: a stream has [batch, length] tokens; a hook is handed [batch, length, width], or [batch * length, width] (OPT),
+or chunks of either, and gives rows [n_wanted, width] in the order of (sequence, position).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .encoding import EncodedActivations, cat
+from .models import HookPoint
+
+Activations = EncodedActivations | Tensor
+TokenMask = Tensor | Mapping[str, Tensor] | Callable[[Tensor], Tensor] | None
+
+
+@dataclass
+class Forward:
+    """One forward pass: whose it is (None if nothing around the blocks was called), its tokens, what was taken."""
+
+    owner: nn.Module | None
+    tokens: dict[str, Tokens] = field(default_factory=dict)
+    taken: dict[str, Taken] = field(default_factory=dict)
+
+    def has_all(self, name: str) -> bool:
+        taken = self.taken.get(name)
+        return taken is not None and taken.seen == self.tokens[taken.stream].n_tokens
+
+    def complete(self, points: Sequence[HookPoint]) -> bool:
+        return len(self.taken) == len(points) and all(self.has_all(point.name) for point in points)
+
+
+@dataclass
+class Taken:
+    """What one hook was handed in one forward: usually one part; several where the feed-forward is chunked."""
+
+    stream: str
+    parts: list[Activations] = field(default_factory=list)
+    counts: list[list[int] | None] = field(default_factory=list)  # chosen tokens by sequence, None if all were
+    seen: int = 0
+    split_sequences: bool = False
+
+    def join(self, name: str, tokens: Tokens) -> Activations:
+        """One part with its rows in the order of (sequence, position)."""
+        if self.seen != tokens.n_tokens:
+            raise ValueError(
+                f"{name} was handed {self.seen} rows in one forward of {tokens.batch} x {tokens.length} tokens: its "
+                "module does not see one row per token, so rows cannot be told apart"
+            )
+        if len(self.parts) == 1:
+            return self.parts[0]
+        if not self.split_sequences:
+            return join(self.parts)
+        ends = [torch.tensor([0, *counts]).cumsum(0).tolist() for counts in self.counts if counts is not None]
+        return join(
+            [
+                part[end[s] : end[s + 1]]
+                for s in range(tokens.batch)
+                for part, end in zip(self.parts, ends, strict=False)
+            ]
+        )
+
+
+@dataclass
+class End:
+    """Where the last forward ended: the first of its sequences, how many, and the position after its last."""
+
+    first: int = 0
+    batch: int = 0
+    position: int = 0
+
+
+@dataclass
+class Tokens:
+    """The tokens of one stream in one forward, as far as they are known."""
+
+    batch: int = -1
+    length: int = -1
+    ids: Tensor | None = None
+    attention_mask: Tensor | None = None
+    past: int = 0
+    mask: Tensor | None = None  # bool [batch, length] of the tokens wanted; None for all
+    settled: bool = False
+    _indices: dict[torch.device, Tensor] = field(default_factory=dict)
+
+    @property
+    def n_tokens(self) -> int:
+        return self.batch * self.length
+
+    def learn(self, bound: dict[str, Any], prefix: str, args: tuple[Any, ...]) -> None:
+        """Take from a module's arguments what no module around it has told yet."""
+        if self.batch < 0:
+            ids = bound.get(f"{prefix}input_ids")
+            if ids is None and not prefix and args and "input_ids" not in bound:
+                ids = args[0]  # a model of another make: its first argument, if that looks like token ids
+            embeds = bound.get(f"{prefix}inputs_embeds")
+            if isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point():
+                self.ids, (self.batch, self.length) = ids, ids.shape
+            elif isinstance(embeds, Tensor) and embeds.dim() == 3:
+                self.batch, self.length = embeds.shape[:2]
+        mask = bound.get(f"{prefix}attention_mask")
+        if self.attention_mask is None and isinstance(mask, Tensor) and mask.dim() == 2:
+            self.attention_mask = mask
+
+    def settle(self, x: Tensor, token_mask: TokenMask, point: HookPoint) -> None:
+        """Fix, at the first activations, how many tokens there are and which are wanted."""
+        if self.settled:
+            return
+        if self.batch < 0:  # no ids were seen: [batch, pos, width], or [batch, width] with one position each
+            self.batch = x.shape[0] if x.dim() > 1 else 1
+            self.length = x.shape[1:-1].numel() if x.dim() > 2 else 1
+        self.mask = self._mask(token_mask, point)
+        if self.mask is not None and bool(self.mask.all()):
+            self.mask = None
+        self.settled = True
+
+    def _mask(self, token_mask: TokenMask, point: HookPoint) -> Tensor | None:
+        if isinstance(token_mask, Mapping):
+            token_mask = token_mask.get(point.stream)
+        elif callable(token_mask) and not isinstance(token_mask, Tensor):
+            if self.ids is None:
+                raise ValueError(f"{point.name}: token_mask is a callable of input_ids, but this forward has none")
+            token_mask = token_mask(self.ids)
+            if not isinstance(token_mask, Tensor):
+                raise TypeError(f"token_mask must return a bool tensor [batch, pos], got {type(token_mask).__name__}")
+        shape = (self.batch, self.length)
+        if token_mask is not None:
+            if tuple(token_mask.shape) not in (shape, shape[:1] if self.length == 1 else shape):
+                hint = ' (pass {"encoder": ..., "decoder": ...} if they differ)' if point.stream else ""
+                raise ValueError(
+                    f"token_mask has shape {tuple(token_mask.shape)}, but the tokens of {point.name} are "
+                    f"[batch, pos] = {list(shape)}{hint}"
+                )
+            return token_mask.detach().reshape(shape) != 0
+        if self.attention_mask is None:
+            return None
+        if self.attention_mask.shape[0] != self.batch or self.attention_mask.shape[1] not in (
+            self.length,
+            self.length + self.past,
+        ):
+            raise ValueError(
+                f"attention_mask has shape {tuple(self.attention_mask.shape)}, but the tokens of {point.name} are "
+                f"[batch, pos] = {list(shape)} after {self.past} cached: pass token_mask= to say which to capture"
+            )
+        return self.attention_mask[:, -self.length :] != 0
+
+    def choose(self, x: Tensor, taken: Taken, name: str) -> tuple[Tensor, list[int] | None]:
+        """The wanted rows of x as [n, width], and how many of each sequence (None if x is the whole forward's)."""
+        rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+        start, taken.seen = taken.seen, taken.seen + rows.shape[0]
+        if taken.seen > self.n_tokens:
+            raise ValueError(
+                f"{name} was handed activations of shape {tuple(x.shape)}, but the forward has {self.batch} x "
+                f"{self.length} tokens"
+            )
+        if rows.shape[0] == self.n_tokens:
+            if self.mask is None:
+                return rows, None
+            if rows.device not in self._indices:
+                self._indices[rows.device] = self.mask.flatten().nonzero().squeeze(1).to(rows.device)
+            return rows.index_select(0, self._indices[rows.device]), []
+        # A chunk: some positions of every sequence (BERT's chunked feed-forward), or some rows of a flat matrix.
+        if x.dim() == 3 and x.shape[0] == self.batch:
+            taken.split_sequences = True
+            first = start // self.batch
+            mask = torch.ones(x.shape[:2], dtype=torch.bool) if self.mask is None else self.mask
+            mask = mask if self.mask is None else mask[:, first : first + x.shape[1]]
+            counts = mask.sum(1).tolist()
+        else:
+            mask = torch.ones(rows.shape[0], dtype=torch.bool) if self.mask is None else self.mask.flatten()
+            mask = mask if self.mask is None else mask[start : taken.seen]
+            counts = []
+        return rows.index_select(0, mask.flatten().nonzero().squeeze(1).to(rows.device)), counts
+
+    def positions(self, end: End) -> Tensor:
+        """(sequence, position) int64 [n, 2] of the wanted tokens; `end` says where the last forward was, and is moved.
+
+        A forward that continues the last one from its cache (`generate`) belongs to the same sequences.
+        """
+        first = end.first if self._continues(end) else end.first + end.batch
+        end.first, end.batch, end.position = first, self.batch, self.past + self.length
+        grid = torch.ones(self.batch, self.length, dtype=torch.bool) if self.mask is None else self.mask.cpu()
+        return grid.nonzero() + torch.tensor([first, self.past])
+
+    def _continues(self, end: End) -> bool:
+        return self.past > 0 and end.batch == self.batch and end.position == self.past
+
+
+def join(parts: Sequence[Activations]) -> Activations:
+    """Stack encodings, or tensors of rows, by token."""
+    if isinstance(parts[0], Tensor):
+        return parts[0] if len(parts) == 1 else torch.cat(parts)  # type: ignore[arg-type]
+    return cat(parts)  # type: ignore[arg-type]
+
+
+def past_length(cache: Any) -> int:
+    """How many tokens a key-value cache holds already."""
+    if hasattr(cache, "get_seq_length"):
+        return int(cache.get_seq_length())
+    if isinstance(cache, tuple | list) and cache and isinstance(cache[0], tuple | list) and cache[0]:
+        return int(cache[0][0].shape[-2]) if isinstance(cache[0][0], Tensor) else 0
+    return 0

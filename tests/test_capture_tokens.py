@@ -1,0 +1,250 @@
+"""Which tokens are captured, in which order, at which positions: masks, caches, chunks, two stacks, early stops."""
+
+import pytest
+import tiny_models as tiny
+import torch
+from torch import nn
+
+import pyfacts
+from pyfacts.models import resolve_hooks
+from pyfacts.stream import ActivationStream
+
+pytestmark = pytest.mark.filterwarnings("ignore:the captured neurons are")
+
+NEURONS = [f"blocks.{i}.mlp.hook_post" for i in range(tiny.LAYERS)]
+MASK = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0]])  # padded on the left, and on the right
+KEPT = MASK.nonzero().tolist()
+
+
+@pytest.fixture
+def model():
+    return tiny.opt()
+
+
+def dense_neurons(model, ids, layer=1, **kwargs):
+    """[batch, pos, d_mlp] by a plain hook."""
+    seen = []
+    fc2 = model.model.decoder.layers[layer].fc2
+    handle = fc2.register_forward_pre_hook(lambda m, args: seen.append(args[0].detach().clone()))
+    with torch.no_grad():
+        model(ids, **kwargs)
+    handle.remove()
+    return seen[0].reshape(*ids.shape, -1) + 0.0
+
+
+# ---- "padding is dropped when an attention mask is given; token_mask= overrides; BOS may be skipped" -----------------
+
+
+@pytest.mark.parametrize("positional", [False, True])
+def test_padding_is_dropped(model, positional):
+    """A mask given by name or by position; the values and positions are those of the tokens that it keeps."""
+    ids, names = tiny.tokens(), [*NEURONS, "blocks.0.hook_resid_post"]
+    with pyfacts.capture(model, names) as cache, torch.no_grad():
+        model(ids, MASK) if positional else model(input_ids=ids, attention_mask=MASK)
+    assert torch.equal(cache[NEURONS[1]].to_dense(), dense_neurons(model, ids, attention_mask=MASK)[MASK.bool()])
+    assert cache["blocks.0.hook_resid_post"].shape == (10, 16)
+    assert cache.positions.tolist() == KEPT
+
+
+@pytest.mark.parametrize("as_callable", [False, True])
+def test_token_mask_overrides(model, as_callable):
+    """The attention mask goes on being the model's; what is captured is the token mask's choice."""
+    ids = tiny.tokens()
+    wanted = ids != ids[0, 0]
+    with pyfacts.capture(model, token_mask=(lambda i: i != ids[0, 0]) if as_callable else wanted) as cache:
+        model(ids, attention_mask=MASK)
+    expected = dense_neurons(model, ids, attention_mask=MASK)[wanted]
+    assert torch.equal(cache[NEURONS[1]].to_dense(), expected)
+    assert cache.positions.tolist() == wanted.nonzero().tolist()
+
+
+def test_bos_is_skipped_in_every_forward(model):
+    """A callable serves forwards of different shapes."""
+    with pyfacts.capture(model, token_mask=lambda ids: ids != 2) as cache, torch.no_grad():
+        for length in (3, 5):
+            model(torch.cat([torch.full((2, 1), 2), tiny.tokens(2, length)], dim=1))
+    assert cache.positions[:, 1].tolist() == [1, 2, 3] * 2 + [1, 2, 3, 4, 5] * 2
+    assert len(cache[NEURONS[0]]) == 16
+
+
+def test_masks_that_keep_nothing(model):
+    """A forward of no wanted tokens gives an empty matrix, which later ones append to."""
+    with pyfacts.capture(model, token_mask=lambda ids: ids < (0 if ids.shape[1] == 7 else 99)) as cache:
+        model(tiny.tokens())
+        assert cache[NEURONS[0]].shape == (0, tiny.D_MLP) and cache.positions.shape == (0, 2)
+        model(tiny.tokens(1, 2))
+    assert len(cache[NEURONS[0]]) == 2 and cache.positions.tolist() == [[2, 0], [2, 1]]
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "match"),
+    [
+        (torch.ones(2, 6, dtype=torch.bool), ValueError, r"token_mask has shape \(2, 6\).*\[2, 7\]"),
+        (lambda ids: ids[:, 1:] > 0, ValueError, r"token_mask has shape \(2, 6\)"),
+        (lambda ids: None, TypeError, "NoneType"),
+    ],
+)
+def test_token_masks_that_do_not_fit(model, mask, error, match):
+    with pytest.raises(error, match=match), pyfacts.capture(model, token_mask=mask):
+        model(tiny.tokens())
+
+
+def test_callable_mask_needs_ids():
+    model = tiny.PlainMlp()
+    with (
+        pytest.raises(ValueError, match="callable of input_ids"),
+        pyfacts.capture(model, "fc2", token_mask=lambda ids: ids > 0),
+    ):
+        model(torch.randn(2, 3, 6))
+
+
+def test_masks_that_are_not_padding(model):
+    """A 4-D attention mask says nothing of padding; inputs_embeds stand for ids."""
+    embeds = model.get_input_embeddings()(tiny.tokens())
+    with pyfacts.capture(model) as cache, torch.no_grad():
+        model(inputs_embeds=embeds, attention_mask=MASK)
+    assert cache.positions.tolist() == KEPT
+    llama = tiny.llama_like("Llama")
+    causal = torch.ones(7, 7).tril().bool().expand(2, 1, 7, 7)
+    with pyfacts.capture(llama) as cache, torch.no_grad():
+        llama(tiny.tokens(), attention_mask=causal)
+    assert len(cache[NEURONS[0]]) == 14
+
+
+# ---- positions under a cache -----------------------------------------------------------------------------------------
+
+
+def test_generate_continues_the_same_sequences(model):
+    """With a key-value cache each step is the next position of the same sequences, and padding stays out."""
+    ids, names = tiny.tokens(2, 4), [NEURONS[1]]
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    with pyfacts.capture(model, names) as cache:
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+        model(tiny.tokens(1, 2))
+    expected = [[0, 1], [0, 2], [0, 3], [1, 0], [1, 1], [1, 2], [1, 3]]
+    expected += [[0, 4], [1, 4], [0, 5], [1, 5]]  # the last new token is never fed back
+    assert cache.positions.tolist() == [*expected, [2, 0], [2, 1]]
+    full = torch.cat([mask, torch.ones(2, 2, dtype=torch.long)], dim=1)
+    at_once = dense_neurons(model, out[:, :6], attention_mask=full)
+    where = torch.tensor(expected)
+    found = cache[NEURONS[1]].to_dense()[: len(expected)]
+    torch.testing.assert_close(found, at_once[where[:, 0], where[:, 1]], rtol=1e-4, atol=1e-5)
+
+
+def test_a_cache_from_before_the_capture(model):
+    """Positions start where the cache ends."""
+    with torch.no_grad():
+        past = model(tiny.tokens(2, 4), use_cache=True).past_key_values
+        with pyfacts.capture(model) as cache:
+            model(tiny.tokens(2, 2), past_key_values=past, attention_mask=torch.ones(2, 6, dtype=torch.long))
+    assert cache.positions.tolist() == [[0, 4], [0, 5], [1, 4], [1, 5]]
+
+
+# ---- a hook that is called several times in a forward ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("select", [None, pyfacts.topk(5)])
+def test_chunked_feed_forward(select):
+    """BERT's chunks are some positions of every sequence: the rows must come back by sequence, then position."""
+    whole, chunked = tiny.bert(), tiny.bert(chunk_size_feed_forward=2)
+    ids, mask = tiny.tokens(3, 6), torch.tensor([[1] * 6, [1] * 3 + [0] * 3, [0, 1] * 3])
+    names = [*NEURONS, "blocks.1.hook_mlp_out"]
+    caches = []
+    for model in (whole, chunked):
+        with pyfacts.capture(model, names, select=select) as cache, torch.no_grad():
+            model(ids, attention_mask=mask)
+            model(ids)
+        caches.append(cache)
+    assert torch.equal(caches[0].positions, caches[1].positions)
+    a, b = (cache[NEURONS[1]].to_dense() for cache in caches)
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*(cache["blocks.1.hook_mlp_out"] for cache in caches), rtol=1e-4, atol=1e-5)
+    assert len(a) == 12 + 18
+    assert caches[0][NEURONS[0]].dropped_share == pytest.approx(caches[1][NEURONS[0]].dropped_share, rel=1e-4)
+
+
+# ---- encoder and decoder ---------------------------------------------------------------------------------------------
+
+
+def test_each_stack_has_its_own_tokens():
+    """attention_mask is the encoder's, decoder_attention_mask the decoder's; `positions` refuses to mix them."""
+    model, ids, decoder_ids = tiny.t5(), tiny.tokens(), tiny.tokens(2, 4, seed=1)
+    decoder_mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+    encoder, decoder = "encoder_blocks.1.mlp.hook_post", "decoder_blocks.2.mlp.hook_post"
+    with pyfacts.capture(model) as cache, torch.no_grad():
+        model(ids, attention_mask=MASK, decoder_input_ids=decoder_ids, decoder_attention_mask=decoder_mask)
+    assert len(cache[encoder]) == 10 and len(cache[decoder]) == 7
+    assert cache.positions_of(encoder).tolist() == KEPT
+    assert cache.positions_of(decoder).tolist() == decoder_mask.nonzero().tolist()
+    with pytest.raises(ValueError, match=r"encoder's and a decoder's.*positions_of"):
+        cache.positions  # noqa: B018
+    with pyfacts.capture(model, lambda name: name.startswith("decoder") and "hook_post" in name) as cache:
+        model(ids, attention_mask=MASK, decoder_input_ids=decoder_ids)
+    assert cache.positions.tolist() == [[s, p] for s in range(2) for p in range(4)]
+
+
+def test_token_masks_by_stream():
+    model = tiny.t5()
+    masks = {"encoder": MASK.bool(), "decoder": torch.tensor([[True, False], [False, True]])}
+    with pyfacts.capture(model, token_mask=masks) as cache, torch.no_grad():
+        model(tiny.tokens(), decoder_input_ids=tiny.tokens(2, 2))
+    assert cache.positions_of("encoder_blocks.0.mlp.hook_post").tolist() == KEPT
+    assert cache.positions_of("decoder_blocks.0.mlp.hook_post").tolist() == [[0, 0], [1, 1]]
+
+
+def test_labels_and_generate():
+    """The decoder's ids may exist only inside the model; in generate() the encoder runs once, outside the forward."""
+    model = tiny.t5(num_decoder_layers=tiny.LAYERS)  # generate() makes its cache for as many layers as the encoder has
+    encoder, decoder = "encoder_blocks.0.mlp.hook_post", "decoder_blocks.0.mlp.hook_post"
+    with pyfacts.capture(model, [encoder, decoder]) as cache, torch.no_grad():
+        model(tiny.tokens(), attention_mask=MASK, labels=tiny.tokens(2, 3))
+    assert cache.positions_of(decoder).tolist() == [[s, p] for s in range(2) for p in range(3)]
+    with pyfacts.capture(model, [encoder, decoder]) as cache:
+        model.generate(tiny.tokens(), attention_mask=MASK, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    assert cache.positions_of(encoder).tolist() == KEPT
+    assert cache.positions_of(decoder).tolist() == [[s, p] for p in range(3) for s in range(2)]
+
+
+# ---- what the dump uses ----------------------------------------------------------------------------------------------
+
+
+def test_run_stops_after_the_last_hook(model):
+    """Neither the down-projection nor anything after it is computed; the next run works like the first."""
+    reached = []
+    layers = model.model.decoder.layers
+    layers[0].fc2.register_forward_hook(lambda *_: reached.append("fc2 of layer 0"))
+    layers[1].fc2.register_forward_hook(lambda *_: reached.append("fc2 of layer 1"))
+    model.lm_head.register_forward_hook(lambda *_: reached.append("logits"))
+    with ActivationStream(model, resolve_hooks(model, NEURONS), stop_early=True) as stream:
+        first = stream.run(MASK.bool(), input_ids=tiny.tokens())
+        second = stream.run(None, input_ids=tiny.tokens(seed=1), attention_mask=MASK)
+    assert reached == ["fc2 of layer 0"] * 2
+    with pyfacts.capture(model, token_mask=MASK.bool()) as cache, torch.no_grad():
+        model(tiny.tokens())
+        model(tiny.tokens(seed=1), attention_mask=MASK)
+    for name in NEURONS:
+        assert torch.equal(first[name].to_dense(), cache[name].to_dense()[:10])
+        assert torch.equal(second[name].to_dense(), cache[name].to_dense()[10:])
+
+
+def test_run_without_stopping_early(model):
+    """In the order of the points, rows and neurons; a hook that the forward does not reach is named."""
+    points = resolve_hooks(model, ["blocks.1.hook_resid_post", NEURONS[0]])
+    with ActivationStream(model, points, select=pyfacts.topk(3)) as stream:
+        parts = stream.run(None, tiny.tokens())
+    assert list(parts) == [point.name for point in points]
+    assert parts["blocks.1.hook_resid_post"].shape == (14, 16) and parts[NEURONS[0]].dropped_share > 0
+    with ActivationStream(model, resolve_hooks(model, ["lm_head", NEURONS[0]]), stop_early=True) as stream:
+        with pytest.raises(ValueError, match="never fired: lm_head"):
+            model.lm_head, head = nn.Identity(), model.lm_head
+            stream.run(None, tiny.tokens())
+        model.lm_head = head
+        assert len(stream.run(None, tiny.tokens())["lm_head"]) == 14
+
+
+def test_run_stops_early_with_chunks():
+    """The last hook has its tokens only with its last chunk."""
+    model = tiny.bert(chunk_size_feed_forward=2)
+    with ActivationStream(model, resolve_hooks(model), stop_early=True) as stream:
+        parts = stream.run(None, tiny.tokens(2, 6))
+    assert [len(parts[name]) for name in NEURONS] == [12, 12]

@@ -1,0 +1,168 @@
+"""TransformerLens models: the names exist there already, and pyfacts must give what run_with_cache gives."""
+
+import importlib
+
+import pytest
+import tiny_models as tiny
+import torch
+from torch import nn
+
+from pyfacts.models import hook_points, resolve_hooks
+
+capture = importlib.import_module("pyfacts.capture").capture
+pytestmark = pytest.mark.filterwarnings("ignore:the captured neurons are")
+
+RESID, MLP = ["hook_resid_pre", "hook_resid_mid", "hook_resid_post"], ["hook_mlp_in", "mlp.hook_post", "hook_mlp_out"]
+
+
+@pytest.fixture(scope="module")
+def bridge():
+    model_bridge = pytest.importorskip("transformer_lens.model_bridge")
+    config = importlib.import_module("transformer_lens.config").TransformerBridgeConfig
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_mlp": 40, "d_head": 8, "n_heads": 2, "n_layers": 2, "n_ctx": 16, "d_vocab": tiny.VOCAB}
+    return model_bridge.TransformerBridge.boot_native(config(**sizes, act_fn="relu")).eval()
+
+
+@pytest.fixture(scope="module")
+def hooked_transformer():
+    lens = pytest.importorskip("transformer_lens")
+    try:
+        lens.HookedTransformer  # noqa: B018  # its absence in TransformerLens 4 is an ImportError
+    except ImportError:
+        pytest.skip("this TransformerLens (4 or later) has no HookedTransformer")
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_mlp": 40, "d_head": 8, "n_heads": 2, "n_layers": 2, "n_ctx": 16, "d_vocab": tiny.VOCAB}
+    return lens.HookedTransformer(lens.HookedTransformerConfig(**sizes, act_fn="relu", device="cpu")).eval()
+
+
+def check_against_run_with_cache(model):
+    points = hook_points(model)
+    assert {n for n in points if n.startswith("blocks.1.")} >= {
+        f"blocks.1.{short}" for short in [*RESID, *MLP, "hook_attn_out"]
+    }
+    assert [p.name for p in resolve_hooks(model)] == [f"blocks.{i}.mlp.hook_post" for i in range(2)]
+    assert all(p.width == (40 if p.kind == "neurons" else 16) for p in points.values())
+    assert points["blocks.0.mlp.hook_post"].activation == "relu"
+    tokens = tiny.tokens()
+    with torch.no_grad():
+        plain = model(tokens)
+        _, theirs = model.run_with_cache(tokens)
+        with capture(model, list(points)) as ours:
+            assert torch.equal(model(tokens), plain)
+    for name in points:
+        expected = theirs[name.replace("hook_mlp_in", "hook_resid_mid")].reshape(14, -1)
+        found = ours[name] if points[name].kind == "rows" else ours[name].to_dense()
+        assert torch.equal(found, expected), name
+
+
+def test_transformer_bridge(bridge):
+    check_against_run_with_cache(bridge)
+
+
+def test_hooked_transformer(hooked_transformer):
+    check_against_run_with_cache(hooked_transformer)
+
+
+def test_any_of_its_hooks_by_name(bridge):
+    """Names that pyfacts does not list are taken from the model's own hooks, as rows."""
+    with capture(bridge, "blocks.0.attn.o.hook_out") as cache, torch.no_grad():
+        bridge(tiny.tokens())
+    _, theirs = bridge.run_with_cache(tiny.tokens())
+    assert torch.equal(cache["blocks.0.attn.o.hook_out"], theirs["blocks.0.attn.o.hook_out"].reshape(14, -1))
+
+
+def test_forward_called_around_the_model(bridge):
+    """`run_with_hooks` calls `forward` itself, so no hook on the model tells where one begins: two still count."""
+    seen = []
+    with capture(bridge) as cache, torch.no_grad():
+        for seed in (0, 1):
+            bridge.run_with_hooks(
+                tiny.tokens(seed=seed), fwd_hooks=[("blocks.1.mlp.hook_post", lambda x, hook: seen.append(x.clone()))]
+            )
+    assert torch.equal(cache["blocks.1.mlp.hook_post"].to_dense(), torch.cat(seen).reshape(28, -1))
+    assert cache.positions[:, 0].unique().tolist() == [0, 1, 2, 3]
+
+
+# ---- stand-ins with the same modules, for whichever version is not installed -----------------------------------------
+
+
+class HookPoint(nn.Module):
+    def forward(self, x):
+        return x
+
+
+class LensMlp(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.W_in, self.W_out = nn.Parameter(torch.randn(16, 40)), nn.Parameter(torch.randn(40, 16))
+        self.hook_pre, self.hook_post = HookPoint(), HookPoint()
+
+    def forward(self, x):
+        return self.hook_post(torch.relu(self.hook_pre(x @ self.W_in))) @ self.W_out
+
+
+class LensBlock(nn.Module):
+    def __init__(self, experts):
+        super().__init__()
+        self.ln2, self.mlp = nn.LayerNorm(16), LensMlp()
+        if experts:
+            self.mlp = nn.Module()
+            self.mlp.experts = nn.ModuleList([LensMlp(), LensMlp()])
+        self.hook_resid_pre, self.hook_mlp_in, self.hook_mlp_out = HookPoint(), HookPoint(), HookPoint()
+
+    def forward(self, x):
+        x = self.hook_resid_pre(x)
+        return x + self.hook_mlp_out(self.mlp(self.ln2(x)))
+
+
+class LensModel(nn.Module):
+    """The modules of TransformerLens 3's HookedTransformer, without attention."""
+
+    def __init__(self, experts=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.cfg = type("Config", (), {"d_model": 16, "d_mlp": 40, "act_fn": "relu", "use_hook_mlp_in": False})()
+        self.embed = nn.Embedding(tiny.VOCAB, 16)
+        self.blocks = nn.ModuleList([LensBlock(False), LensBlock(experts)])
+        for path, module in self.named_modules():
+            module.name = path
+
+    @property
+    def hook_dict(self):
+        return {path: module for path, module in self.named_modules() if isinstance(module, HookPoint)}
+
+    def forward(self, input):
+        x = self.embed(input)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_hooked_transformer_stand_in():
+    """Hook modules are read at their output; `hook_mlp_in`, which is switched off, at the norm it would feed."""
+    model = LensModel()
+    points = hook_points(model)
+    assert points["blocks.1.mlp.hook_post"].module_path == "blocks.1.mlp.hook_post"
+    assert points["blocks.1.mlp.hook_post"].side == "output"
+    with capture(model, list(points)) as cache, torch.no_grad():
+        model(tiny.tokens())
+    block, pre = model.blocks[1], cache["blocks.1.hook_resid_pre"]
+    assert torch.equal(cache["blocks.1.hook_mlp_in"], pre)
+    assert torch.equal(cache["blocks.1.mlp.hook_post"].to_dense(), torch.relu(block.ln2(pre) @ block.mlp.W_in))
+
+
+def test_width_of_another_tensor_under_a_neurons_name():
+    """A hook that hands out d_model-wide tensors as neurons (TransformerLens #1645) is an error that names both."""
+    model = LensModel()
+    model.blocks[1].mlp.forward = lambda x: model.blocks[1].mlp.hook_post(x)
+    with pytest.raises(ValueError, match=r"blocks\.1\.mlp\.hook_post.*width 16.*width is 40"), capture(model):
+        model(tiny.tokens())
+
+
+def test_lens_experts_are_refused():
+    model = LensModel(experts=True)
+    assert [p.name for p in resolve_hooks(model)] == ["blocks.0.mlp.hook_post"]
+    for name in ("blocks.1.mlp.hook_post", "blocks.1.mlp.experts.0.hook_post"):
+        with pytest.raises(ValueError, match="mixture of experts"):
+            resolve_hooks(model, name)
