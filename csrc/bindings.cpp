@@ -1,0 +1,322 @@
+// The storage side for Python, without torch: `pyfacts._storage`.
+//
+// One class, `Encoding`, holds the planes of a canonical encoding as buffers (NumPy arrays, mapped files, bytes) and
+// calls the kernels on them with the GIL released; a few functions make encodings from what a dump stores and back.
+// Faults in data are raised as `_storage.Fault(what, plane, column, token)`, which the caller turns into a message that
+// names the file.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cpu/encoding.h"
+#include "storage/block.h"
+
+namespace py = pybind11;
+using namespace pyfacts;
+
+namespace {
+
+PyObject* fault_type = nullptr;
+
+void raise_if(const storage::Fault& fault) {
+  if (fault.ok()) return;
+  static constexpr const char* names[] = {"", "occupancy", "counts", "index", "values"};
+  const py::tuple args = py::make_tuple(fault.what, names[static_cast<int>(fault.plane)], fault.column, fault.token);
+  PyErr_SetObject(fault_type, args.ptr());
+  throw py::error_already_set();
+}
+void raise_if(const cpu::Status& status) { raise_if(storage::from_status(status)); }
+
+// A contiguous buffer of any Python object, held as long as this lives.
+class Bytes {
+ public:
+  explicit Bytes(const py::handle& object, bool writable = false) {
+    if (PyObject_GetBuffer(object.ptr(), &view_, writable ? PyBUF_WRITABLE : PyBUF_SIMPLE) != 0)
+      throw py::error_already_set();
+  }
+  ~Bytes() { PyBuffer_Release(&view_); }
+  Bytes(const Bytes&) = delete;
+  Bytes& operator=(const Bytes&) = delete;
+
+  int64_t size() const { return view_.len; }
+  template <typename T = uint8_t>
+  T* data() const {
+    return static_cast<T*>(view_.buf);
+  }
+
+ private:
+  Py_buffer view_{};
+};
+
+void expect_size(const char* name, const Bytes& bytes, int64_t expected) {
+  if (bytes.size() != expected)
+    throw py::value_error(std::string(name) + " has " + std::to_string(bytes.size()) + " bytes, expected " +
+                          std::to_string(expected));
+}
+
+void expect_aligned(const char* name, const Bytes& bytes, int64_t alignment) {
+  if (bytes.size() != 0 && reinterpret_cast<uintptr_t>(bytes.data()) % alignment != 0)
+    throw py::value_error(std::string(name) + " must be aligned to " + std::to_string(alignment) + " bytes");
+}
+
+DType dtype_of(const std::string& name) {
+  if (name == "float32") return DType::float32;
+  if (name == "bfloat16") return DType::bfloat16;
+  if (name == "float16") return DType::float16;
+  throw py::value_error("dtype must be 'float32', 'bfloat16' or 'float16', got '" + name + "'");
+}
+
+void expect_features(int64_t n_features) {
+  if (n_features < 1) throw py::value_error("n_features must be at least 1, got " + std::to_string(n_features));
+}
+
+using Array8 = py::array_t<uint8_t>;
+using Array64 = py::array_t<int64_t>;
+
+Array64 tile_ptr_array(int64_t n_features, int64_t n_tokens) {
+  return Array64(std::vector<py::ssize_t>{n_columns(n_features), n_tiles(n_tokens), 2});
+}
+
+class Encoding {
+ public:
+  Encoding(py::object counts, py::object index, py::object values, py::object tile_ptr, int64_t n_features,
+           const std::string& dtype)
+      : planes{std::move(counts), std::move(index), std::move(values), std::move(tile_ptr)},
+        dtype_name(dtype),
+        counts_(planes[0]),
+        index_(planes[1]),
+        values_(planes[2]),
+        tile_ptr_(planes[3]) {
+    expect_features(n_features);
+    view.dtype = dtype_of(dtype);
+    view.n_features = n_features;
+    const int64_t columns = n_columns(n_features);
+    view.n_tokens = counts_.size() / columns;
+    expect_size("counts", counts_, view.n_tokens * columns);
+    expect_size("tile_ptr", tile_ptr_, columns * n_tiles(view.n_tokens) * 16);
+    expect_aligned("tile_ptr", tile_ptr_, 8);
+    expect_aligned("values", values_, item_bytes(view.dtype));
+    view.n_values = values_.size() / item_bytes(view.dtype);
+    expect_size("values", values_, view.n_values * item_bytes(view.dtype));
+    view.counts = counts_.data();
+    view.index = index_.data();
+    view.index_bytes = index_.size();
+    view.values = values_.data();
+    view.tile_ptr = tile_ptr_.data<int64_t>();
+  }
+
+  void check(bool signed_zero) const {
+    cpu::Status status;
+    {
+      py::gil_scoped_release release;
+      status = cpu::check(view, signed_zero, cpu::run_serially);
+    }
+    raise_if(status);
+  }
+
+  void decode(const py::object& out, bool signed_zero) const {
+    const Bytes bytes(out, true);
+    expect_size("out", bytes, view.n_tokens * view.n_features * item_bytes(view.dtype));
+    expect_aligned("out", bytes, item_bytes(view.dtype));
+    cpu::Status status;
+    {
+      py::gil_scoped_release release;
+      status = cpu::decode(view, signed_zero, bytes.data(), view.n_features, cpu::run_serially);
+    }
+    raise_if(status);
+  }
+
+  void gather_rows(const py::object& rows, const py::object& out) const {
+    const Bytes row_bytes(rows);
+    const Bytes bytes(out, true);
+    const int64_t n_rows = row_bytes.size() / 8;
+    expect_aligned("rows", row_bytes, 8);
+    expect_size("rows", row_bytes, n_rows * 8);
+    expect_size("out", bytes, n_rows * view.n_features * item_bytes(view.dtype));
+    expect_aligned("out", bytes, item_bytes(view.dtype));
+    storage::Fault fault;
+    {
+      py::gil_scoped_release release;
+      const std::unique_ptr<int64_t[]> starts(new int64_t[2 * view.n_tokens]);
+      fault = storage::gather_rows(view, row_bytes.data<int64_t>(), n_rows, starts.get(), bytes.data());
+    }
+    raise_if(fault);
+  }
+
+  std::pair<Array64, Array8> neuron(int64_t feature) const {
+    if (feature < 0 || feature >= view.n_features)
+      throw py::index_error("feature " + std::to_string(feature) + " is out of range: there are " +
+                            std::to_string(view.n_features));
+    int64_t n_found = 0;
+    raise_if(cpu::neuron(view, feature, nullptr, nullptr, &n_found));
+    Array64 tokens(n_found);
+    Array8 values(n_found * item_bytes(view.dtype));
+    raise_if(cpu::neuron(view, feature, tokens.mutable_data(), values.mutable_data(), &n_found));
+    return {std::move(tokens), std::move(values)};
+  }
+
+  std::unique_ptr<Encoding> slice(int64_t start, int64_t stop) const {
+    if (start < 0 || start > stop || stop > view.n_tokens)
+      throw py::index_error("tokens " + std::to_string(start) + ":" + std::to_string(stop) +
+                            " are out of range: there are " + std::to_string(view.n_tokens));
+    int64_t index_size = 0;
+    int64_t n_values = 0;
+    raise_if(cpu::slice_sizes(view, start, stop, &index_size, &n_values));
+    return make(stop - start, index_size, n_values,
+                [&](const cpu::Planes& out) { return cpu::slice(view, start, stop, out, cpu::run_serially); });
+  }
+
+  void add_feature_stats(const py::object& nnz, const py::object& sum, const py::object& sum_sq,
+                         const py::object& maximum) const {
+    const Bytes nnz_bytes(nnz, true), sum_bytes(sum, true), sum_sq_bytes(sum_sq, true), maximum_bytes(maximum, true);
+    expect_size("nnz", nnz_bytes, view.n_features * 8);
+    expect_size("sum", sum_bytes, view.n_features * 8);
+    expect_size("sum_sq", sum_sq_bytes, view.n_features * 8);
+    expect_size("max", maximum_bytes, view.n_features * 4);
+    storage::Fault fault;
+    {
+      py::gil_scoped_release release;
+      fault = storage::add_feature_stats(view, nnz_bytes.data<int64_t>(), sum_bytes.data<double>(),
+                                         sum_sq_bytes.data<double>(), maximum_bytes.data<float>());
+    }
+    raise_if(fault);
+  }
+
+  static std::unique_ptr<Encoding> cat(const std::vector<const Encoding*>& parts) {
+    if (parts.empty()) throw py::value_error("cat needs at least one encoding");
+    const Encoding& first = *parts[0];
+    std::vector<cpu::Encoding> views;
+    int64_t n_tokens = 0, index_size = 0, n_values = 0;
+    for (const Encoding* part : parts) {
+      if (part->view.n_features != first.view.n_features || part->view.dtype != first.view.dtype)
+        throw py::value_error("cat needs encodings of one n_features and dtype");
+      views.push_back(part->view);
+      n_tokens += part->view.n_tokens;
+      index_size += part->view.index_bytes;
+      n_values += part->view.n_values;
+    }
+    return first.make(n_tokens, index_size, n_values, [&](const cpu::Planes& out) {
+      return cpu::cat(views.data(), static_cast<int64_t>(views.size()), out, cpu::run_serially);
+    });
+  }
+
+  py::object planes[4];
+  std::string dtype_name;
+  cpu::Encoding view{};
+
+ private:
+  // A new encoding of this one's width and dtype, its planes written by `fill`.
+  template <typename Fill>
+  std::unique_ptr<Encoding> make(int64_t n_tokens, int64_t index_size, int64_t n_values, Fill fill) const {
+    Array8 counts(std::vector<py::ssize_t>{n_columns(view.n_features), n_tokens});
+    Array8 index(index_size);
+    Array8 values(n_values * item_bytes(view.dtype));
+    Array64 tile_ptr = tile_ptr_array(view.n_features, n_tokens);
+    const cpu::Planes out{counts.mutable_data(), index.mutable_data(), values.mutable_data(), tile_ptr.mutable_data()};
+    cpu::Status status;
+    {
+      py::gil_scoped_release release;
+      status = fill(out);
+    }
+    raise_if(status);
+    return std::make_unique<Encoding>(counts, index, values, tile_ptr, view.n_features, dtype_name);
+  }
+
+  Bytes counts_, index_, values_, tile_ptr_;
+};
+
+// counts [C, T] -> (occupancy u8 [C, ceil(T / 8)], occupied u8 [n], n_occupied i64 [C]).
+py::tuple split_counts(const Encoding& encoding) {
+  const int64_t columns = n_columns(encoding.view.n_features);
+  const int64_t n_tokens = encoding.view.n_tokens;
+  Array8 occupancy(std::vector<py::ssize_t>{columns, storage::occupancy_bytes(n_tokens)});
+  Array64 n_occupied(columns);
+  // The last, empty segments are written before they are known to be empty: one byte more than there are counts.
+  const std::unique_ptr<uint8_t[]> room(new uint8_t[columns * n_tokens + 1]);
+  uint8_t* const occupancy_data = occupancy.mutable_data();
+  int64_t* const n_occupied_data = n_occupied.mutable_data();
+  int64_t total = 0;
+  {
+    py::gil_scoped_release release;
+    total = storage::split_counts(encoding.view.counts, columns, n_tokens, occupancy_data, room.get(), n_occupied_data);
+  }
+  return py::make_tuple(occupancy, Array8(total, room.get()), n_occupied);
+}
+
+// The planes of a block, or of some of its columns, as stored -> Encoding; checks all of it.
+std::unique_ptr<Encoding> join_block(const py::object& occupancy, const py::object& occupied, const py::object& index,
+                                     const py::object& values, const py::object& length, int64_t n_tokens,
+                                     int64_t n_features, const std::string& dtype, bool signed_zero) {
+  expect_features(n_features);
+  if (n_tokens < 0) throw py::value_error("n_tokens must not be negative");
+  const Bytes occupancy_bytes(occupancy), occupied_bytes(occupied), index_plane(index), values_bytes(values),
+      length_bytes(length);
+  const int64_t columns = n_columns(n_features);
+  expect_size("length", length_bytes, columns * 32);
+  expect_aligned("length", length_bytes, 8);
+  const storage::StoredBlock block{dtype_of(dtype),
+                                   n_tokens,
+                                   n_features,
+                                   occupancy_bytes.data(),
+                                   occupancy_bytes.size(),
+                                   occupied_bytes.data(),
+                                   occupied_bytes.size(),
+                                   index_plane.data(),
+                                   index_plane.size(),
+                                   values_bytes.data(),
+                                   values_bytes.size(),
+                                   length_bytes.data<int64_t>()};
+  expect_aligned("values", values_bytes, item_bytes(block.dtype));
+  Array8 counts(std::vector<py::ssize_t>{columns, n_tokens});
+  Array64 tile_ptr = tile_ptr_array(n_features, n_tokens);
+  uint8_t* const counts_data = counts.mutable_data();
+  int64_t* const tile_ptr_data = tile_ptr.mutable_data();
+  storage::Fault fault;
+  {
+    py::gil_scoped_release release;
+    fault = storage::join_block(block, signed_zero, counts_data, tile_ptr_data);
+  }
+  raise_if(fault);
+  return std::make_unique<Encoding>(counts, index, values, tile_ptr, n_features, dtype);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_storage, m) {
+  m.doc() = "The storage side of pyfacts: encodings on plain buffers, without torch.";
+  fault_type = PyErr_NewExceptionWithDoc("pyfacts._storage.Fault",
+                                         "Data that is no valid encoding; args: what, plane, column, token.",
+                                         PyExc_ValueError, nullptr);
+  if (fault_type == nullptr) throw py::error_already_set();
+  m.add_object("Fault", py::reinterpret_borrow<py::object>(fault_type));
+
+  py::class_<Encoding>(m, "Encoding", "The planes of a canonical encoding, on buffers that are not copied.")
+      .def(py::init<py::object, py::object, py::object, py::object, int64_t, const std::string&>(), py::arg("counts"),
+           py::arg("index"), py::arg("values"), py::arg("tile_ptr"), py::arg("n_features"), py::arg("dtype"))
+      .def_property_readonly("counts", [](const Encoding& e) { return e.planes[0]; })
+      .def_property_readonly("index", [](const Encoding& e) { return e.planes[1]; })
+      .def_property_readonly("values", [](const Encoding& e) { return e.planes[2]; })
+      .def_property_readonly("tile_ptr", [](const Encoding& e) { return e.planes[3]; })
+      .def_property_readonly("n_tokens", [](const Encoding& e) { return e.view.n_tokens; })
+      .def_property_readonly("n_features", [](const Encoding& e) { return e.view.n_features; })
+      .def_property_readonly("nnz", [](const Encoding& e) { return e.view.n_values; })
+      .def_property_readonly("dtype", [](const Encoding& e) { return e.dtype_name; })
+      .def("check", &Encoding::check, py::arg("signed_zero"))
+      .def("decode", &Encoding::decode, py::arg("out"), py::arg("signed_zero"))
+      .def("gather_rows", &Encoding::gather_rows, py::arg("rows"), py::arg("out"))
+      .def("neuron", &Encoding::neuron, py::arg("feature"))
+      .def("slice", &Encoding::slice, py::arg("start"), py::arg("stop"))
+      .def("add_feature_stats", &Encoding::add_feature_stats, py::arg("nnz"), py::arg("sum"), py::arg("sum_sq"),
+           py::arg("maximum"));
+  m.def("cat", &Encoding::cat, py::arg("encodings"));
+  m.def("split_counts", &split_counts, py::arg("encoding"));
+  m.def("join_block", &join_block, py::arg("occupancy"), py::arg("occupied"), py::arg("index"), py::arg("values"),
+        py::arg("length"), py::arg("n_tokens"), py::arg("n_features"), py::arg("dtype"), py::arg("signed_zero"));
+  m.def("isa", &cpu::isa);
+  m.def("isa_error", &cpu::isa_error);
+}

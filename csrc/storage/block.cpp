@@ -1,0 +1,206 @@
+#include "block.h"
+
+#include <bit>
+#include <cstring>
+
+namespace pyfacts::storage {
+
+Fault from_status(const cpu::Status& status) {
+  if (status.ok()) return {};
+  Plane plane = Plane::index;
+  switch (status.fault) {
+    case cpu::Fault::count_too_large:
+    case cpu::Fault::tile_ptr:
+      plane = Plane::counts;
+      break;
+    case cpu::Fault::values_size:
+    case cpu::Fault::stored_zero:
+      plane = Plane::values;
+      break;
+    default:
+      break;
+  }
+  return {cpu::describe(status.fault), plane, status.column, status.token};
+}
+
+int64_t split_counts(const uint8_t* counts, int64_t n_columns, int64_t n_tokens, uint8_t* occupancy, uint8_t* occupied,
+                     int64_t* n_occupied) {
+  uint8_t* next = occupied;
+  for (int64_t column = 0; column < n_columns; ++column) {
+    const uint8_t* const begin = next;
+    for (int64_t token = 0; token < n_tokens; token += 8) {
+      const int64_t n = n_tokens - token < 8 ? n_tokens - token : 8;
+      unsigned bits = 0;
+      for (int64_t i = 0; i < n; ++i) {
+        const uint8_t count = counts[token + i];
+        bits |= unsigned{count != 0} << i;
+        *next = count;  // branch-free: an empty segment's count is overwritten by the next
+        next += count != 0;
+      }
+      *occupancy++ = static_cast<uint8_t>(bits);
+    }
+    counts += n_tokens;
+    n_occupied[column] = next - begin;
+  }
+  return next - occupied;
+}
+
+namespace {
+
+// One column's counts from its occupancy and its occupied counts.
+Fault join_counts(const uint8_t* occupancy, const uint8_t* occupied, int64_t n_occupied, int64_t n_tokens,
+                  int64_t width, uint8_t* counts) {
+  int64_t used = 0;
+  for (int64_t token = 0; token < n_tokens; token += 8, ++occupancy) {
+    const int64_t n = n_tokens - token < 8 ? n_tokens - token : 8;
+    const unsigned bits = *occupancy;
+    if (bits >> n != 0) return {"occupancy bits beyond the last token are set", Plane::occupancy, -1, token};
+    if (used + std::popcount(bits) > n_occupied)
+      return {"more segments are marked occupied than there are counts", Plane::occupancy, -1, token};
+    for (int64_t i = 0; i < n; ++i) {
+      uint8_t count = 0;
+      if (bits >> i & 1) {
+        count = occupied[used++];
+        if (count == 0) return {"an occupied segment has a count of 0", Plane::counts, -1, token + i};
+        if (count > width) return {"a count exceeds the column's width", Plane::counts, -1, token + i};
+      }
+      counts[token + i] = count;
+    }
+  }
+  if (used != n_occupied) return {"there are more counts than segments marked occupied", Plane::counts, -1, -1};
+  return {};
+}
+
+}  // namespace
+
+Fault join_block(const StoredBlock& block, bool signed_zero, uint8_t* counts, int64_t* tile_ptr) {
+  const int64_t columns = n_columns(block.n_features);
+  const int64_t tiles = n_tiles(block.n_tokens);
+  const int64_t item = item_bytes(block.dtype);
+  const uint8_t* occupancy = block.occupancy;
+  const uint8_t* occupied = block.occupied;
+  int64_t occupied_left = block.occupied_size;
+  int64_t index_start = 0;
+  int64_t values_start = 0;  // in values, not bytes
+  if (block.occupancy_size != columns * occupancy_bytes(block.n_tokens))
+    return {"the plane's size does not fit the block's tokens and features", Plane::occupancy};
+  for (int64_t column = 0; column < columns; ++column) {
+    const int64_t* const length = block.length + column * 4;
+    const int64_t width = column_width(block.n_features, column);
+    if (length[kOccupancy] != occupancy_bytes(block.n_tokens))
+      return {"a column's length is not one bit per token", Plane::occupancy, column};
+    if (length[kCounts] < 0 || length[kCounts] > occupied_left)
+      return {"a column's length exceeds the plane", Plane::counts, column};
+    if (length[kIndex] < 0 || length[kIndex] > block.index_size - index_start)
+      return {"a column's length exceeds the plane", Plane::index, column};
+    if (length[kValues] < 0 || length[kValues] % item != 0 || length[kValues] > block.values_size - values_start * item)
+      return {"a column's length exceeds the plane", Plane::values, column};
+    Fault fault = join_counts(occupancy, occupied, length[kCounts], block.n_tokens, width, counts);
+    if (!fault.ok()) {
+      fault.column = column;
+      return fault;
+    }
+    int64_t index_total = 0;
+    int64_t values_total = 0;
+    const cpu::Status status = cpu::column_starts(counts, block.index + index_start, length[kIndex], block.n_tokens,
+                                                  width, tile_ptr, &index_total, &values_total);
+    if (!status.ok()) {
+      fault = from_status(status);
+      fault.column = column;
+      return fault;
+    }
+    if (index_total != length[kIndex])
+      return {"a column's length differs from what its counts ask for", Plane::index, column};
+    if (values_total * item != length[kValues])
+      return {"a column's length differs from what its counts ask for", Plane::values, column};
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      tile_ptr[2 * tile] += index_start;
+      tile_ptr[2 * tile + 1] += values_start;
+    }
+    occupancy += length[kOccupancy];
+    occupied += length[kCounts];
+    occupied_left -= length[kCounts];
+    index_start += index_total;
+    values_start += values_total;
+    counts += block.n_tokens;
+    tile_ptr += 2 * tiles;
+  }
+  if (occupied_left != 0) return {"the plane is longer than its columns", Plane::counts};
+  if (index_start != block.index_size) return {"the plane is longer than its columns", Plane::index};
+  if (values_start * item != block.values_size) return {"the plane is longer than its columns", Plane::values};
+
+  const cpu::Encoding encoding{
+      block.dtype,      block.n_tokens, block.n_features, counts - columns * block.n_tokens, block.index,
+      block.index_size, block.values,   values_start,     tile_ptr - columns * 2 * tiles};
+  return from_status(cpu::check(encoding, signed_zero, cpu::run_serially));
+}
+
+namespace {
+
+// The values of a segment: the count byte, or what the bitmap says where the byte saturates.
+int64_t exact_count(uint8_t count, const uint8_t* bitmap, int64_t width) {
+  if (count != kCountSaturated || width <= kCountSaturated) return count;
+  int64_t n = 0;
+  for (int64_t i = 0; i < bitmap_bytes(width); ++i) n += std::popcount(bitmap[i]);
+  return n;
+}
+
+template <typename Bits>
+Fault gather_typed(const cpu::Encoding& encoding, const int64_t* rows, int64_t n_rows, int64_t* starts, Bits* out) {
+  const Bits* const values = static_cast<const Bits*>(encoding.values);
+  std::memset(out, 0, sizeof(Bits) * n_rows * encoding.n_features);
+  for (int64_t column = 0; column < n_columns(encoding.n_features); ++column) {
+    const uint8_t* const counts = encoding.counts + column * encoding.n_tokens;
+    const int64_t width = column_width(encoding.n_features, column);
+    // Starts of every token, once per column: rows come in any order and usually cover most tiles.
+    const int64_t* const first = encoding.tile_ptr + column * n_tiles(encoding.n_tokens) * 2;
+    int64_t index_at = encoding.n_tokens ? first[0] : 0;
+    int64_t value_at = encoding.n_tokens ? first[1] : 0;
+    if (index_at < 0 || value_at < 0) return {"a tile starts before the plane", Plane::index, column, 0};
+    for (int64_t token = 0; token < encoding.n_tokens; ++token) {
+      const int64_t used = index_bytes(counts[token], width);
+      if (index_at + used > encoding.index_bytes) return {"a segment exceeds the plane", Plane::index, column, token};
+      starts[2 * token] = index_at;
+      starts[2 * token + 1] = value_at;
+      value_at += exact_count(counts[token], encoding.index + index_at, width);
+      index_at += used;
+      if (value_at > encoding.n_values) return {"a segment exceeds the plane", Plane::values, column, token};
+    }
+    Bits* row_out = out + column * kColumnWidth;
+    for (int64_t i = 0; i < n_rows; ++i, row_out += encoding.n_features) {
+      const int64_t token = rows[i];
+      const uint8_t count = counts[token];
+      if (count == 0) continue;
+      const uint8_t* const index = encoding.index + starts[2 * token];
+      const Bits* segment = values + starts[2 * token + 1];
+      if (has_positions(count, width)) {
+        for (int64_t n = 0; n < count; ++n) {
+          if (index[n] >= width) return {"a position is beyond the column", Plane::index, column, token};
+          row_out[index[n]] = segment[n];
+        }
+        continue;
+      }
+      const Bits* const end = segment + exact_count(count, index, width);
+      for (int64_t byte = 0; byte < bitmap_bytes(width); ++byte) {
+        for (unsigned bits = index[byte]; bits != 0; bits &= bits - 1) {
+          const int64_t position = 8 * byte + std::countr_zero(bits);
+          if (position >= width || segment == end)
+            return {"a bitmap does not fit its count", Plane::index, column, token};
+          row_out[position] = *segment++;
+        }
+      }
+    }
+  }
+  return {};
+}
+
+}  // namespace
+
+Fault gather_rows(const cpu::Encoding& encoding, const int64_t* rows, int64_t n_rows, int64_t* starts, void* out) {
+  for (int64_t i = 0; i < n_rows; ++i)
+    if (rows[i] < 0 || rows[i] >= encoding.n_tokens) return {"a row is out of range", Plane::none, -1, rows[i]};
+  return item_bytes(encoding.dtype) == 4 ? gather_typed(encoding, rows, n_rows, starts, static_cast<uint32_t*>(out))
+                                         : gather_typed(encoding, rows, n_rows, starts, static_cast<uint16_t*>(out));
+}
+
+}  // namespace pyfacts::storage

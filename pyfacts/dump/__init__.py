@@ -1,0 +1,18 @@
+"""Dumps: activations of a model on disk, written by `pyfacts.dump` and read by `pyfacts.open_dump`.
+
+FORMAT.md describes the bytes. Reading needs NumPy, xxhash and zstandard; only writing needs torch.
+"""
+
+from .errors import DumpError, DumpInterrupted
+from .reader import Context, Dump, DumpedHook, FeatureStats, VerifyReport, open_dump
+
+__all__ = [
+    "Context",
+    "Dump",
+    "DumpError",
+    "DumpInterrupted",
+    "DumpedHook",
+    "FeatureStats",
+    "VerifyReport",
+    "open_dump",
+]

@@ -1,0 +1,147 @@
+"""Documents out of files and data sets: text to tokenise, or token ids, one after another and never all in memory."""
+
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+TEXT_FIELDS = ("text",)
+ID_FIELDS = ("input_ids", "token_ids", "tokens")
+TEXT_PIECE_CHARS = 1 << 20  # a .txt file is one document for every so many characters, cut at the end of a line
+TOKENIZER_BATCH = 64
+
+Document = str | Sequence[int] | np.ndarray
+
+
+def read_documents(source: Any) -> Iterable[Document] | np.ndarray:
+    """Opens a token source.
+
+    Args:
+        source: a path (.txt, .jsonl, .parquet, .npy, or the directory of a saved Hugging Face data set), a Hugging Face
+            `Dataset`, or an iterable of strings or of lists of token ids.
+
+    Returns:
+        An iterable of documents, or, for .npy, the memory-mapped array.
+
+    Raises:
+        ValueError: the path does not exist, is of an unknown kind, or has no field of text or token ids.
+    """
+    if not isinstance(source, str | os.PathLike):
+        return _dataset(source, "the data set") if hasattr(source, "column_names") else source
+    path = Path(source)
+    if path.is_dir():
+        return _saved_dataset(path)
+    if not path.is_file():
+        raise ValueError(f"tokens: there is no file or data set {str(path)!r}")
+    readers = {".txt": _text, ".jsonl": _json_lines, ".parquet": _parquet}
+    if path.suffix == ".npy":
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    if path.suffix not in readers:
+        raise ValueError(
+            f"tokens: {str(path)!r} is of an unknown kind; give .txt, .jsonl, .parquet, .npy, or the directory of a "
+            "saved Hugging Face data set"
+        )
+    return readers[path.suffix](path)
+
+
+def token_documents(documents: Iterable[Document], load_tokenizer: Callable[[], Any]) -> Iterator[np.ndarray]:
+    """Turns documents into int64 token ids [n], tokenising text as `tokenizer(text)` does, special tokens included.
+
+    Args:
+        load_tokenizer: asked for the tokenizer when the first text comes.
+
+    Raises:
+        ValueError: a document is neither text nor a flat list of integers.
+    """
+    documents = iter(documents)
+    tokenizer = None
+    number = 0
+    while batch := list(itertools.islice(documents, TOKENIZER_BATCH)):
+        texts = [document for document in batch if isinstance(document, str)]
+        if texts and tokenizer is None:
+            tokenizer = load_tokenizer()
+        # Documents longer than the model's context are cut later: nothing to warn of.
+        options = {"verbose": False} if hasattr(tokenizer, "model_max_length") else {}
+        encoded = iter(tokenizer(texts, **options)["input_ids"] if tokenizer is not None and texts else ())
+        for document in batch:
+            ids = np.asarray(next(encoded) if isinstance(document, str) else document)
+            if ids.size == 0:
+                ids = ids.astype(np.int64)
+            if ids.ndim != 1 or ids.dtype.kind not in "iu":
+                raise ValueError(
+                    f"tokens: document {number} must be text or a flat list of token ids, got shape {ids.shape} of "
+                    f"{ids.dtype}"
+                )
+            yield ids.astype(np.int64, copy=False)
+            number += 1
+
+
+def _text(path: Path) -> Iterator[str]:
+    with open(path, encoding="utf-8") as file:
+        while piece := file.read(TEXT_PIECE_CHARS):
+            yield piece + file.readline()
+
+
+def _json_lines(path: Path) -> Iterator[Document]:
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"tokens: line {number} of {path} is no JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"tokens: line {number} of {path} is no JSON object")
+            field = _field(row, f"line {number} of {path}")
+            yield _unmasked(row[field], row.get("attention_mask"))
+
+
+def _parquet(path: Path) -> Iterator[Document]:
+    import pyarrow.parquet
+
+    file = pyarrow.parquet.ParquetFile(path)
+    field = _field(file.schema_arrow.names, str(path))
+    columns = [name for name in (field, "attention_mask") if name in file.schema_arrow.names]
+    for batch in file.iter_batches(batch_size=1024, columns=columns):
+        rows = batch.to_pydict()
+        for values in zip(*(rows[name] for name in columns), strict=True):
+            yield _unmasked(*values)
+
+
+def _saved_dataset(path: Path) -> Iterator[Document]:
+    import datasets
+
+    loaded = datasets.load_from_disk(str(path))
+    if isinstance(loaded, dict):
+        raise ValueError(f"tokens: {path} holds the splits {', '.join(loaded)}; give the directory of one of them")
+    return _dataset(loaded, str(path))
+
+
+def _dataset(rows: Any, name: str) -> Iterator[Document]:
+    field = _field(rows.column_names, name)
+    columns = [column for column in (field, "attention_mask") if column in rows.column_names]
+    for batch in rows.with_format(None).iter(batch_size=1024):
+        for values in zip(*(batch[column] for column in columns), strict=True):
+            yield _unmasked(*values)
+
+
+def _field(names: Iterable[str], where: str) -> str:
+    names = list(names)
+    for field in (*ID_FIELDS, *TEXT_FIELDS):
+        if field in names:
+            return field
+    raise ValueError(
+        f"tokens: {where} has the fields {', '.join(names)}; one of {', '.join((*ID_FIELDS, *TEXT_FIELDS))} is needed"
+    )
+
+
+def _unmasked(document: Document, attention_mask: Sequence[int] | None = None) -> Document:
+    """Drops padding that a data set was saved with: batches are padded anew."""
+    if attention_mask is None or isinstance(document, str):
+        return document
+    return np.asarray(document)[np.asarray(attention_mask, dtype=bool)]

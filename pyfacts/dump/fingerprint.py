@@ -1,0 +1,77 @@
+"""What identifies a model in a plan: its configuration and a hash of its weights under canonical names."""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import xxhash
+from torch import nn
+
+from ..models import unwrap
+from .statistics import as_bytes
+
+# What torch.compile, DataParallel and FSDP put into parameter names.
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# Differs between copies of one model.
+_VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "_attn_implementation_autoset", "_commit_hash")
+
+
+def describe_model(model: nn.Module, name: str | None = None) -> dict[str, Any]:
+    """Returns the plan's entry for a model: name, class, revision, config, attention, dtype, hash of the weights.
+
+    `weights_xxh3` is None where the weights are sharded over processes or not in memory: a resume then relies on the
+    rest.
+    """
+    config = getattr(unwrap(model), "config", None)
+    values = _config_values(config)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    return {
+        "name": name or values.get("_name_or_path") or None,
+        "class": type(unwrap(model)).__name__,
+        "revision": getattr(config, "_commit_hash", None),
+        "config": {key: value for key, value in values.items() if key not in _VOLATILE_CONFIG} or None,
+        "attention": getattr(config, "_attn_implementation", None),
+        "dtype": str(dtype).removeprefix("torch."),
+        "weights_xxh3": weights_xxh3(model),
+    }
+
+
+def weights_xxh3(model: nn.Module) -> str | None:
+    """Hashes names, dtypes, shapes and bytes of all weights and buffers (xxh3-128, hex); None if not all are here."""
+    digest = xxhash.xxh3_128()
+    state = {_WRAPPERS.sub("", name): tensor for name, tensor in model.state_dict().items()}
+    for name, tensor in sorted(state.items()):
+        if not isinstance(tensor, torch.Tensor):
+            continue
+        if tensor.is_meta or hasattr(tensor, "device_mesh") or tensor.layout != torch.strided or tensor.is_quantized:
+            return None
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        data = tensor.detach().cpu().contiguous()
+        digest.update(as_bytes(data.reshape(-1).view(torch.uint8).numpy() if data.numel() else b""))
+    return digest.hexdigest()
+
+
+def _config_values(config: Any) -> dict[str, Any]:
+    """A model's configuration as plain JSON values."""
+    if config is None:
+        return {}
+    values = config.to_dict() if hasattr(config, "to_dict") else getattr(config, "__dict__", {})
+    return dict(_plain(values)) if isinstance(values, Mapping) else {}
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it; what JSON lacks becomes its text."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return json.loads(json.dumps(value))
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    return str(value) if isinstance(value, torch.dtype | torch.device) else type(value).__name__

@@ -1,0 +1,374 @@
+"""dump.json, the plan, and the commit records of the shards: what they hold, how they are checked and compared.
+
+Both are pretty JSON with sorted keys and an `xxh3` over the rest, so that an altered byte is noticed. A record's digest
+leaves the directory out, whose unique name is the only thing in which two dumps of the same plan differ.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NoReturn
+from urllib.parse import quote
+
+import xxhash
+
+from . import layout
+from .container import is_size, open_inside, parse_json
+from .errors import DumpError
+from .layout import HookSpec
+
+PLAN_FILE = "dump.json"
+MAX_JSON_BYTES = 1 << 30
+# Recorded, but no reason to refuse a resume: a renamed model directory or another version of this package.
+_NOT_COMPARED = {"created_with", "xxh3", "model.name", "tokens.tokenizer"}
+_DIGEST = re.compile("[0-9a-f]{16}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a dump is going to hold; every worker derives the same.
+
+    Attributes:
+        model: name, class, revision, config, attention implementation, dtype and the hash of the weights.
+        tokens: where the tokens came from, how many, and their fingerprint.
+        hooks: the hooks in execution order.
+        sequences: boundaries of the shards, in sequences: shard i has sequences[i]:sequences[i+1].
+        token_starts: the same in captured tokens.
+        batch_size: sequences of a forward pass; the batch's composition can decide the last bits of an activation.
+        select: what `select` keeps, or None for everything.
+        created_with: versions of the libraries that wrote the dump.
+    """
+
+    model: dict[str, Any]
+    tokens: dict[str, Any]
+    hooks: tuple[HookSpec, ...]
+    sequences: tuple[int, ...]
+    token_starts: tuple[int, ...]
+    batch_size: int
+    shard_tokens: int
+    codec: str
+    signed_zero: bool
+    select: dict[str, Any] | None
+    created_with: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def n_shards(self) -> int:
+        return len(self.sequences) - 1
+
+    @property
+    def n_tokens(self) -> int:
+        return self.token_starts[-1]
+
+    @property
+    def lossy(self) -> bool:
+        return self.select is not None
+
+    @cached_property
+    def digest(self) -> str:
+        """xxh3-64 in hex of what is compared: equal plans have equal digests, whoever wrote them."""
+        return str(self.to_dict()["xxh3"])
+
+    def hook(self, name: str) -> HookSpec:
+        return next(hook for hook in self.hooks if hook.name == name)
+
+    def to_dict(self) -> dict[str, Any]:
+        value = {
+            "format": "pyfacts-dump",
+            "version": layout.FORMAT_VERSION,
+            "model": self.model,
+            "tokens": self.tokens,
+            "hooks": [asdict(hook) for hook in self.hooks],
+            "batch_size": self.batch_size,
+            "shard_tokens": self.shard_tokens,
+            "codec": self.codec,
+            "signed_zero": self.signed_zero,
+            "select": self.select,
+            "shards": {"sequences": list(self.sequences), "tokens": list(self.token_starts)},
+            "created_with": self.created_with,
+        }
+        return value | {"xxh3": _digest(value)}
+
+    def to_json(self) -> bytes:
+        return to_json(self.to_dict())
+
+    @staticmethod
+    def from_file(path: Path) -> "Plan":
+        """Reads and checks dump.json; DumpError names what is wrong."""
+        value = _read(path, path.parent)
+
+        def fail(what: str) -> NoReturn:
+            raise DumpError(what, path=path)
+
+        if value.get("format") != "pyfacts-dump":
+            fail(f"'format' is {value.get('format')!r}, expected 'pyfacts-dump'")
+        if value.get("version") != layout.FORMAT_VERSION:
+            fail(f"format version {value.get('version')!r}; this pyfacts reads version {layout.FORMAT_VERSION}")
+        _check_digest(value, fail)
+        _check_keys(value, _PLAN_TYPES, fail)
+        hooks = tuple(_parse_hook(entry, fail) for entry in value["hooks"])
+        if len({hook.name for hook in hooks}) != len(hooks) or not hooks:
+            fail("'hooks' must name at least one hook, and none twice")
+        if value["codec"] not in layout.CODECS:
+            fail(f"codec {value['codec']!r} is unknown; this pyfacts reads {', '.join(layout.CODECS)}")
+        bounds = {key: _parse_bounds(value["shards"].get(key), key, fail) for key in ("sequences", "tokens")}
+        if len(bounds["sequences"]) != len(bounds["tokens"]):
+            fail("'shards' has boundaries of different numbers of shards")
+        return Plan(
+            model=value["model"],
+            tokens=value["tokens"],
+            hooks=hooks,
+            sequences=bounds["sequences"],
+            token_starts=bounds["tokens"],
+            batch_size=value["batch_size"],
+            shard_tokens=value["shard_tokens"],
+            codec=value["codec"],
+            signed_zero=value["signed_zero"],
+            select=value["select"],
+            created_with=value["created_with"],
+        )
+
+    def difference(self, other: "Plan") -> tuple[str, Any, Any] | None:
+        """Returns the first field in which the plans differ, with both values.
+
+        A hook's dtype and width count only where both know them: the first batch tells.
+        """
+        for name, mine, theirs in _differences("", self.to_dict(), other.to_dict()):
+            unknown = name.endswith(("].dtype", "].width")) and not (mine and theirs)
+            if not unknown:
+                return name, mine, theirs
+        return None
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A committed file: its name in the shard's directory, its bytes, and the xxh3-64 of its header."""
+
+    file: str
+    bytes: int
+    header_xxh3: str
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """A commit record: one range of tokens with every hook, whole and durable.
+
+    Attributes:
+        shard: its number.
+        directory: where its files are, a name in the dump.
+        plan_xxh3: the digest of the plan that it belongs to.
+        blocks: tokens of each block, the same for every hook.
+        tokens_file: the file of tokens, documents and positions.
+        hook_files: the file of each hook.
+        nnz: stored values of each hook that is encoded.
+    """
+
+    shard: int
+    directory: str
+    plan_xxh3: str
+    token_start: int
+    blocks: tuple[int, ...]
+    tokens_file: FileRecord
+    hook_files: dict[str, FileRecord]
+    nnz: dict[str, int]
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(self.blocks)
+
+    @property
+    def n_bytes(self) -> int:
+        return self.tokens_file.bytes + sum(file.bytes for file in self.hook_files.values())
+
+    def to_json(self) -> bytes:
+        value: dict[str, Any] = {
+            "format": "pyfacts-shard",
+            "version": layout.FORMAT_VERSION,
+            "shard": self.shard,
+            "directory": self.directory,
+            "plan_xxh3": self.plan_xxh3,
+            "token_start": self.token_start,
+            "blocks": list(self.blocks),
+            "tokens_file": asdict(self.tokens_file),
+            "hook_files": {name: asdict(record) for name, record in self.hook_files.items()},
+            "nnz": self.nnz,
+        }
+        return to_json(value | {"xxh3": _digest(value)})
+
+    @staticmethod
+    def from_file(path: Path, plan: Plan, shard: int) -> "ShardRecord":
+        """Reads a commit record and checks it against the plan; DumpError names what is wrong."""
+        value = _read(path, path.parent)
+
+        def fail(what: str) -> NoReturn:
+            raise DumpError(what, path=path)
+
+        if value.get("format") != "pyfacts-shard" or value.get("version") != layout.FORMAT_VERSION:
+            fail(f"is no shard record of version {layout.FORMAT_VERSION}")
+        _check_keys(value, _RECORD_TYPES, fail)
+        directory = _plain_name(value["directory"], fail)
+        tokens_file = _parse_file(value["tokens_file"], fail)
+        hook_files = {name: _parse_file(entry, fail) for name, entry in value["hook_files"].items()}
+        _check_digest(value, fail)
+        if value["plan_xxh3"] != plan.digest:
+            fail(f"belongs to another plan than {PLAN_FILE}; it was not written by this dump")
+        if value["shard"] != shard:
+            fail(f"says that it is shard {value['shard']}")
+        blocks, n_tokens = value["blocks"], plan.token_starts[shard + 1] - plan.token_starts[shard]
+        if not all(is_size(n) and 0 < n <= layout.MAX_BLOCK_TOKENS for n in blocks) or sum(blocks) != n_tokens:
+            fail(f"the blocks {blocks!r:.80} do not add up to the {n_tokens} tokens that the plan gives this shard")
+        if value["token_start"] != plan.token_starts[shard]:
+            fail(f"begins at token {value['token_start']}, the plan says {plan.token_starts[shard]}")
+        if hook_files.keys() != {hook.name for hook in plan.hooks}:
+            fail("does not list exactly the plan's hooks")
+        nnz = value["nnz"]
+        if nnz.keys() != {hook.name for hook in plan.hooks if hook.kind == "neurons"}:
+            fail("'nnz' does not list exactly the encoded hooks")
+        if not all(is_size(n) for n in nnz.values()):
+            fail("'nnz' must map hooks to sizes")
+        return ShardRecord(
+            shard, directory, value["plan_xxh3"], value["token_start"], tuple(blocks), tokens_file, hook_files, nnz
+        )
+
+
+def shard_name(shard: int) -> str:
+    """The number of a shard as its files are named: at least five digits."""
+    return f"{shard:05d}"
+
+
+def record_path(root: Path, shard: int) -> Path:
+    return root / f"{shard_name(shard)}.json"
+
+
+def hook_file_name(hook: str) -> str:
+    """A hook's file name: the hook's name, percent-encoded but for letters, digits and `._-~`."""
+    name = quote(hook, safe="._-")
+    if f"{name}.safetensors" == layout.TOKENS_FILE:
+        name = "%74okens"
+    return f"{name}.safetensors"
+
+
+def check_same(existing: Plan, wanted: Plan, path: Path) -> None:
+    """Raises DumpError, naming the first field that differs, if the directory holds another dump."""
+    if difference := wanted.difference(existing):
+        name, mine, theirs = difference
+        raise DumpError(
+            f"the directory holds another dump: {name} is {theirs!r:.200} there and {mine!r:.200} here; dump into "
+            "another directory, or with the same model, tokens and arguments to resume",
+            path=path,
+        )
+
+
+def to_json(value: dict[str, Any]) -> bytes:
+    """Pretty JSON with sorted keys; equal values give equal bytes."""
+    return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def _digest(value: dict[str, Any]) -> str:
+    """xxh3-64 in hex over the parts that decide what is stored."""
+    skipped = {"directory", "created_with", "xxh3"}
+    return xxhash.xxh3_64_hexdigest(to_json({key: item for key, item in value.items() if key not in skipped}))
+
+
+def _check_digest(value: dict[str, Any], fail: Callable[[str], NoReturn]) -> None:
+    try:
+        actual = _digest(value)
+    except (ValueError, RecursionError) as error:
+        fail(f"cannot be checked: {error}")
+    if value.get("xxh3") != actual:
+        fail(f"the checksum is {value.get('xxh3')!r}, its content gives {actual!r}: the file was altered")
+
+
+_PLAN_TYPES: dict[str, tuple[type, ...]] = {
+    "model": (dict,),
+    "tokens": (dict,),
+    "hooks": (list,),
+    "shards": (dict,),
+    "batch_size": (int,),
+    "shard_tokens": (int,),
+    "codec": (str,),
+    "signed_zero": (bool,),
+    "select": (dict, type(None)),
+    "created_with": (dict,),
+}
+_RECORD_TYPES: dict[str, tuple[type, ...]] = {
+    "shard": (int,),
+    "directory": (str,),
+    "plan_xxh3": (str,),
+    "token_start": (int,),
+    "blocks": (list,),
+    "tokens_file": (dict,),
+    "hook_files": (dict,),
+    "nnz": (dict,),
+}
+
+
+def _check_keys(value: dict[str, Any], types: dict[str, tuple[type, ...]], fail: Callable[[str], NoReturn]) -> None:
+    for key, allowed in types.items():
+        if key not in value or type(value[key]) not in allowed:
+            names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in allowed)
+            fail(f"{key!r} must be a JSON value of type {names}, got {value.get(key)!r:.80}")
+
+
+def _read(path: Path, root: Path) -> dict[str, Any]:
+    fd = open_inside(path, root)
+    try:
+        with open(fd, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_JSON_BYTES:
+                raise DumpError(f"has {size} bytes, more than any plan or record", path=path)
+            return parse_json(file.read(size), path)
+    except OSError as error:
+        raise DumpError(f"cannot be read: {error}", path=path) from error
+
+
+def _parse_hook(entry: Any, fail: Callable[[str], NoReturn]) -> HookSpec:
+    keys = ("name", "module_path", "side", "kind", "dtype")
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in keys):
+        fail(f"a hook must have the strings {', '.join(keys)}, got {entry!r:.200}")
+    width: Any = entry.get("width")
+    if entry["kind"] not in layout.KINDS or entry["dtype"] not in layout.ITEM_BYTES or not is_size(width) or width < 1:
+        fail(f"hook {entry['name']!r} has kind {entry['kind']!r}, dtype {entry['dtype']!r}, width {width!r}")
+    return HookSpec(entry["name"], entry["module_path"], entry["side"], width, entry["kind"], entry["dtype"])
+
+
+def _parse_bounds(value: Any, key: str, fail: Callable[[str], NoReturn]) -> tuple[int, ...]:
+    if not isinstance(value, list) or len(value) < 2 or not all(is_size(n) for n in value):
+        fail(f"'shards.{key}' must be a list of at least two sizes")
+    if value[0] != 0 or any(a >= b for a, b in pairwise(value)):
+        fail(f"'shards.{key}' must ascend from 0")
+    return tuple(value)
+
+
+def _parse_file(entry: Any, fail: Callable[[str], NoReturn]) -> FileRecord:
+    if not isinstance(entry, dict) or entry.keys() != {"file", "bytes", "header_xxh3"}:
+        fail(f"a file must have file, bytes and header_xxh3, got {entry!r:.200}")
+    digest = entry["header_xxh3"]
+    if not is_size(entry["bytes"]) or not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+        fail(f"a file must have its size and its header's digest, got {entry!r:.200}")
+    return FileRecord(_plain_name(entry["file"], fail), entry["bytes"], digest)
+
+
+def _plain_name(name: Any, fail: Callable[[str], NoReturn]) -> str:
+    """A name that stays in its directory."""
+    if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\\0"):
+        fail(f"{name!r:.200} is no plain name: paths may not lead out of the dump")
+    return name
+
+
+def _differences(name: str, mine: Any, theirs: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Where two JSON values differ, deepest names first to last."""
+    if name in _NOT_COMPARED or mine == theirs and type(mine) is type(theirs):
+        return
+    if isinstance(mine, dict) and isinstance(theirs, dict):
+        for key in [*mine, *(key for key in theirs if key not in mine)]:
+            yield from _differences(f"{name}.{key}".lstrip("."), mine.get(key), theirs.get(key))
+    elif isinstance(mine, list) and isinstance(theirs, list) and len(mine) == len(theirs):
+        for i, (a, b) in enumerate(zip(mine, theirs, strict=True)):
+            yield from _differences(f"{name}[{i}]", a, b)
+    else:
+        yield name, mine, theirs

@@ -1,0 +1,552 @@
+"""`pyfacts.open_dump`: a dump by token, by neuron, by its largest values, or shuffled. Works without torch.
+
+Token indices are those of the plan: a dump that is not finished opens, says so, and its tokens never change their
+numbers; reading a range that is not committed is an error that names it.
+"""
+
+import difflib
+import heapq
+import operator
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import _storage
+from ..errors import OutOfRangeError, UnknownHookError
+from . import shuffle
+from .arrays import BITS, Framework, numpy_framework, torch_framework
+from .cache import Cache
+from .errors import DumpError
+from .layout import COLUMN_WIDTH, HookSpec
+from .plan import PLAN_FILE, Plan, ShardRecord, record_path
+from .shard_reader import HookFile, TokensFile, block_starts, verify_hook_file
+from .statistics import new_statistics
+
+OPEN_FILES = 64
+CACHED_BYTES = 128 << 20  # decoded blocks that are kept
+
+
+def open_dump(path: str | os.PathLike[str], framework: str = "torch") -> "Dump":
+    """Opens a dump.
+
+    Args:
+        path: the directory that `pyfacts.dump` wrote.
+        framework: "torch", or "numpy", which needs no torch: encodings come as `NumpyActivations`, and bfloat16 values
+            as float32.
+
+    Raises:
+        DumpError: there is no dump, or dump.json or a commit record is not valid.
+        ValueError: the framework is unknown.
+
+    Example:
+        >>> d = pyfacts.open_dump("out")  # doctest: +SKIP
+        >>> d["blocks.3.mlp.hook_post"][100:200].to_dense()  # doctest: +SKIP
+    """
+    if framework not in ("torch", "numpy"):
+        raise ValueError(f"framework must be 'torch' or 'numpy', got {framework!r}")
+    return Dump(Path(path), torch_framework() if framework == "torch" else numpy_framework())
+
+
+@dataclass(frozen=True)
+class FeatureStats:
+    """Statistics of every feature over the committed tokens: NumPy arrays [n_features].
+
+    Attributes:
+        n_tokens: tokens they are taken over.
+        nnz: int64, how often the feature is stored.
+        sum, sum_sq: float64, of its stored values and their squares.
+        max: float32, the largest stored value, -inf where there is none; NaN does not count.
+    """
+
+    n_tokens: int
+    nnz: np.ndarray
+    sum: np.ndarray
+    sum_sq: np.ndarray
+    max: np.ndarray
+
+    @property
+    def density(self) -> np.ndarray:
+        """Share of the tokens at which each feature is stored."""
+        return self.nnz / max(1, self.n_tokens)
+
+
+@dataclass(frozen=True)
+class Context:
+    """A token at which a neuron fires, and the tokens around it in the same document.
+
+    Attributes:
+        token_index: the token's index in the dump.
+        value: the neuron's value there.
+        document, position: where the token stands in the input.
+        start: index in the dump of the first token below; the firing one is number token_index - start.
+        token_ids: int64 [n] array.
+        values: float32 [n] array, the neuron's value at each of them, 0 where nothing is stored.
+    """
+
+    token_index: int
+    value: float
+    document: int
+    position: int
+    start: int
+    token_ids: Any
+    values: Any
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What `Dump.verify` has read and found right."""
+
+    complete: bool
+    n_shards: int
+    n_files: int
+    n_tokens: int
+    n_bytes: int
+    nnz: dict[str, int]
+
+
+class Dump:
+    """A dump, opened by `open_dump`.
+
+    Attributes:
+        plan: dump.json as a dict.
+        hook_names: the hooks in execution order; `d[name]` reads one.
+        n_tokens: captured tokens of the whole plan.
+        complete: whether all of them are committed.
+        token_ids: int64 [n_tokens], by slices: `d.token_ids[a:b]`.
+        positions: int64 [n_tokens, 2], (document, position), likewise.
+    """
+
+    def __init__(self, root: Path, framework: Framework) -> None:
+        if not (root / PLAN_FILE).exists():
+            raise DumpError(f"is no dump: it has no {PLAN_FILE}", path=root)
+        self.path = root
+        self.framework = framework
+        self._plan = Plan.from_file(root / PLAN_FILE)
+        self._records: dict[int, ShardRecord] = {}
+        for shard in range(self._plan.n_shards):
+            path = record_path(root, shard)
+            if os.path.lexists(path):
+                self._records[shard] = ShardRecord.from_file(path, self._plan, shard)
+        self._hooks = {spec.name: DumpedHook(self, spec) for spec in self._plan.hooks}
+        self._token_files: Cache[int, TokensFile] = Cache(OPEN_FILES, lambda _: 1)
+        self._tokens: Cache[int, tuple[np.ndarray, ...]] = Cache(CACHED_BYTES, lambda t: sum(a.nbytes for a in t))
+        self._hook_files: Cache[tuple[int, str], HookFile] = Cache(OPEN_FILES, lambda _: 1)
+        self._blocks: Cache[tuple[int, str, int], Any] = Cache(CACHED_BYTES, _block_bytes)
+        self.token_ids = _TokenColumn(self, lambda tokens: tokens[2])
+        self.positions = _TokenColumn(self, lambda tokens: np.stack(tokens[:2], axis=1))
+
+    # ---- what it is --------------------------------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        return self._plan.to_dict()
+
+    @property
+    def hook_names(self) -> list[str]:
+        return list(self._hooks)
+
+    @property
+    def n_tokens(self) -> int:
+        return self._plan.n_tokens
+
+    @property
+    def n_tokens_committed(self) -> int:
+        """Tokens that can be read."""
+        return sum(record.n_tokens for record in self._records.values())
+
+    @property
+    def complete(self) -> bool:
+        return len(self._records) == self._plan.n_shards
+
+    @property
+    def n_shards(self) -> int:
+        return self._plan.n_shards
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the committed files."""
+        return sum(record.n_bytes for record in self._records.values())
+
+    @property
+    def codec(self) -> str:
+        return self._plan.codec
+
+    def __contains__(self, hook: object) -> bool:
+        return hook in self._hooks
+
+    def __getitem__(self, hook: str) -> "DumpedHook":
+        if hook not in self._hooks:
+            close = difflib.get_close_matches(str(hook), self._hooks, n=3, cutoff=0.5) or self.hook_names[:3]
+            raise UnknownHookError(
+                f"{hook!r} was not dumped; there are {len(self._hooks)} hooks, such as {', '.join(close)}"
+            )
+        return self._hooks[hook]
+
+    def __repr__(self) -> str:
+        state = "" if self.complete else f", {len(self._records)} of {self.n_shards} shards committed"
+        return f"Dump({str(self.path)!r}, {len(self._hooks)} hooks, {self.n_tokens:,} tokens{state})"
+
+    # ---- reading across hooks ----------------------------------------------------------------------------------------
+
+    def contexts(self, hook: str, j: int, k: int = 20, window: int = 32) -> list[Context]:
+        """Returns the k tokens at which neuron j is largest, each with the captured tokens around it.
+
+        Args:
+            window: tokens of a context: up to half of them before the firing one, the rest after it; fewer at the ends
+                of a document.
+        """
+        if window < 1:
+            raise ValueError(f"window must be at least 1, got {window}")
+        reader = self[hook]
+        firing: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        contexts = []
+        for token, value in reader.top_tokens(j, k):
+            start = token - window // 2
+            start, stop, (document, position, token_ids) = self._around(token, start, start + window)
+            values = np.zeros(stop - start, np.float32)
+            for shard in range(self._plan_shard(start), self._plan_shard(stop - 1) + 1):
+                if shard not in firing:
+                    firing[shard] = reader._neuron_in(shard, reader._feature(j))
+                tokens, found = firing[shard]
+                inside = slice(*np.searchsorted(tokens, (start, stop)))
+                values[tokens[inside] - start] = found[inside]
+            here = token - start
+            array = self.framework.array
+            contexts.append(
+                Context(token, value, int(document[here]), int(position[here]), start, array(token_ids), array(values))
+            )
+        return contexts
+
+    def batches(
+        self,
+        hooks: str | Sequence[str],
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> Iterator[dict[str, Any]]:
+        """Yields every committed token once, shuffled, as {hook: dense [batch_size, n_features]}; the last is shorter.
+
+        The shuffle: the blocks of the dump (about 4,096 tokens each) are permuted by `seed`, and each rank takes every
+        world_size-th. A rank reads eight blocks at a time and permutes their tokens together with those left over from
+        the eight before. So a batch mixes eight places of the dump, at the memory of sixteen packed blocks per hook.
+        It depends on the arguments and the dump alone.
+
+        Args:
+            hooks: a hook's name or several; their rows belong to the same tokens.
+            batch_size: tokens of a batch.
+            seed: use another one for every epoch.
+            rank, world_size: for data parallel training: the ranks' tokens are disjoint.
+
+        Raises:
+            KeyError: a hook was not dumped.
+            ValueError: a number is out of range.
+        """
+        names = [hooks] if isinstance(hooks, str) else list(hooks)
+        return shuffle.batches(
+            [self[name] for name in names],
+            [(shard, block) for shard, record in self._records.items() for block in range(len(record.blocks))],
+            batch_size,
+            seed,
+            rank,
+            world_size,
+        )
+
+    def verify(self) -> VerifyReport:
+        """Reads every committed byte and checks it: headers, checksums, canonical form, statistics, token ranges.
+
+        Returns:
+            What was read, all of it right; look at `complete` too.
+
+        Raises:
+            DumpError: at the first fault, naming file, tensor and offset.
+        """
+        for record in self._records.values():
+            TokensFile(self.path, record).read()
+            for spec in self._plan.hooks:
+                verify_hook_file(HookFile(self.path, self._plan, record, spec), record.nnz.get(spec.name, 0))
+        return VerifyReport(
+            complete=self.complete,
+            n_shards=len(self._records),
+            n_files=len(self._records) * (1 + len(self._hooks)),
+            n_tokens=self.n_tokens_committed,
+            n_bytes=self.n_bytes,
+            nnz={name: self[name].nnz for name in self._hooks if self[name].kind == "neurons"},
+        )
+
+    # ---- shards ------------------------------------------------------------------------------------------------------
+
+    def _plan_shard(self, token: int) -> int:
+        return int(np.searchsorted(self._plan.token_starts, token, side="right")) - 1
+
+    def _parts(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Shards of the tokens [start, stop), with the range in each; DumpError if one is not committed."""
+        starts = self._plan.token_starts
+        while start < stop:
+            shard = self._plan_shard(start)
+            if shard not in self._records:
+                raise DumpError(
+                    f"tokens {starts[shard]}:{starts[shard + 1]} (shard {shard}) are not committed: the dump is not "
+                    "finished; run it again to resume",
+                    path=self.path,
+                )
+            end = min(stop, starts[shard + 1])
+            yield shard, start - starts[shard], end - starts[shard]
+            start = end
+
+    def _shard_tokens(self, shard: int) -> tuple[np.ndarray, ...]:
+        return self._tokens.get(shard, lambda: self._tokens_file(shard).read())
+
+    def _tokens_file(self, shard: int) -> TokensFile:
+        return self._token_files.get(shard, lambda: TokensFile(self.path, self._records[shard]))
+
+    def _hook_file(self, shard: int, spec: HookSpec) -> HookFile:
+        self._tokens_file(shard)  # proves that the record's tokens exist before anything is allocated for them
+        return self._hook_files.get(
+            (shard, spec.name), lambda: HookFile(self.path, self._plan, self._records[shard], spec)
+        )
+
+    def _read_tokens(self, start: int, stop: int) -> tuple[np.ndarray, ...]:
+        """document, position and token id of tokens [start, stop)."""
+        parts = [tuple(a[b:e] for a in self._shard_tokens(shard)) for shard, b, e in self._parts(start, stop)]
+        if not parts:
+            return tuple(np.empty(0, np.int64) for _ in range(3))
+        return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+
+    def _around(self, token: int, start: int, stop: int) -> tuple[int, int, tuple[np.ndarray, ...]]:
+        """Shrinks [start, stop) to committed neighbours of a token in its document; and reads their tokens."""
+        starts = self._plan.token_starts
+        low = high = self._plan_shard(token)
+        while low - 1 in self._records and starts[low] > start:
+            low -= 1
+        while high + 1 in self._records and starts[high + 1] < stop:
+            high += 1
+        start, stop = max(start, starts[low]), min(stop, starts[high + 1])
+        tokens = self._read_tokens(start, stop)
+        same = tokens[0] == tokens[0][token - start]
+        first = start + int(same.argmax())
+        last = start + len(same) - int(same[::-1].argmax())
+        return first, last, tuple(array[first - start : last - start] for array in tokens)
+
+
+class DumpedHook:
+    """One hook of a dump, read by token range or by neuron.
+
+    Attributes:
+        name, module_path, side, kind, dtype: as in the plan.
+        width: features.
+        shape: (n_tokens, width) of the whole plan.
+    """
+
+    def __init__(self, dump: Dump, spec: HookSpec) -> None:
+        self._dump, self._spec = dump, spec
+        self.name, self.module_path, self.side = spec.name, spec.module_path, spec.side
+        self.width, self.kind, self.dtype = spec.width, spec.kind, spec.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self._dump.n_tokens, self.width
+
+    @property
+    def nnz(self) -> int:
+        """Stored values of the committed tokens."""
+        self._neurons_only()
+        return sum(record.nnz[self.name] for record in self._dump._records.values())
+
+    @property
+    def density(self) -> float:
+        """Share of the committed matrix that is stored."""
+        return self.nnz / max(1, self._dump.n_tokens_committed * self.width)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the committed files of this hook."""
+        return sum(record.hook_files[self.name].bytes for record in self._dump._records.values())
+
+    def __len__(self) -> int:
+        return self._dump.n_tokens
+
+    def __repr__(self) -> str:
+        return f"DumpedHook({self.name!r}, shape={self.shape}, {self.kind}, {self.dtype})"
+
+    def __getitem__(self, tokens: int | slice) -> Any:
+        """Returns a range of tokens: an encoding (`EncodedActivations`, `NumpyActivations`), or rows [n, width].
+
+        A single index gives one token, as an encoding or rows of length 1.
+
+        Raises:
+            DumpError: the range is not committed, or its bytes are damaged.
+            OutOfRangeError: (a ValueError and an IndexError) the index is out of range.
+        """
+        start, stop = token_range(tokens, len(self))
+        framework = self._dump.framework
+        parts: list[Any] = []
+        norms: list[np.ndarray] = []
+        for shard, begin, end in self._dump._parts(start, stop):
+            file = self._file(shard)
+            bounds = block_starts(file.blocks)
+            for block, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
+                a, b = max(begin, first) - first, min(end, last) - first
+                if a >= b:
+                    continue
+                whole = self._block(shard, block)
+                if self.kind == "rows":
+                    parts.append(whole[a:b])
+                    continue
+                parts.append(whole if b - a == last - first else whole.slice(a, b))
+                sq_norm = file.sq_norm(block)
+                if sq_norm is not None:
+                    norms.append(sq_norm[a:b])
+        if self.kind == "rows":
+            nothing = np.empty((0, self.width), BITS[self.dtype])
+            return framework.rows(np.concatenate([nothing, *parts]), self.dtype)
+        if not parts:
+            parts = [_empty_encoding(self._spec)]
+        lossy = self._dump._plan.lossy
+        # A copy: nothing of a mapped file leaves the reader.
+        encoding = _storage.cat(parts)
+        sq_norm = np.concatenate([np.empty(0), *norms]) if lossy else None
+        return framework.encoding(encoding, self._dump._plan.signed_zero, sq_norm)
+
+    def neuron(self, j: int) -> tuple[Any, Any]:
+        """Returns the committed tokens (int64 [n], ascending) at which neuron j is stored, and its values there.
+
+        Reads that neuron's column of every block, 256 neurons wide, and nothing else.
+        """
+        j = self._feature(j)
+        found = [self._neuron_bits(shard, j) for shard in self._dump._records]
+        tokens = np.concatenate([np.empty(0, np.int64), *(tokens for tokens, _ in found)])
+        values = np.concatenate([np.empty(0, np.uint8), *(values for _, values in found)])
+        return self._dump.framework.array(tokens), self._dump.framework.values(values, self.dtype)
+
+    feature = neuron
+
+    def top_tokens(self, j: int, k: int = 20) -> list[tuple[int, float]]:
+        """Returns the k largest stored values of neuron j as (token index, value), largest first.
+
+        Exact; equal values in the order of their tokens; NaN does not count. Shards are read in descending order of
+        their maximum until none can hold a larger value.
+        """
+        j = self._feature(j)
+        if k < 1:
+            raise ValueError(f"k must be at least 1, got {k}")
+        maxima = [(float(self._file(shard).statistics()[3][j]), shard) for shard in self._dump._records]
+        best: list[tuple[float, int]] = []  # a heap of (value, -token): its root is the worst
+        for maximum, shard in sorted(maxima, key=lambda item: (-item[0], item[1])):
+            # A tie may still win by a lower token.
+            if maximum == -np.inf or (len(best) == k and maximum < best[0][0]):
+                break
+            tokens, values = self._neuron_in(shard, j)
+            real = ~np.isnan(values)
+            tokens, values = tokens[real], values[real]
+            for i in np.lexsort((tokens, -values))[:k].tolist():
+                item = (float(values[i]), -int(tokens[i]))
+                if len(best) < k:
+                    heapq.heappush(best, item)
+                elif item > best[0]:
+                    heapq.heapreplace(best, item)
+        return [(-token, value) for value, token in sorted(best, reverse=True)]
+
+    def feature_stats(self) -> FeatureStats:
+        """Returns the statistics of every feature over the committed tokens; no activation is read."""
+        self._neurons_only()
+        nnz, total, total_sq, maximum = new_statistics(self.width)
+        for shard in self._dump._records:
+            stats = self._file(shard).statistics()
+            nnz += stats[0]
+            total += stats[1]
+            total_sq += stats[2]
+            maximum = np.maximum(maximum, stats[3])
+        return FeatureStats(self._dump.n_tokens_committed, nnz, total, total_sq, maximum)
+
+    # ---- inside ------------------------------------------------------------------------------------------------------
+
+    def _file(self, shard: int) -> HookFile:
+        return self._dump._hook_file(shard, self._spec)
+
+    def _block(self, shard: int, block: int) -> Any:
+        """A block, checked: an encoding, or rows; the last ones are kept."""
+        return self._dump._blocks.get((shard, self.name, block), lambda: self._read_block(shard, block))
+
+    def _read_block(self, shard: int, block: int) -> Any:
+        file = self._file(shard)
+        return file.rows(block) if self.kind == "rows" else file.encoding(block)
+
+    def _block_tokens(self, shard: int, block: int) -> int:
+        return self._dump._records[shard].blocks[block]
+
+    def _neuron_bits(self, shard: int, j: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens (numbered in the dump) and values (as bytes) of a neuron in a shard."""
+        file = self._file(shard)
+        column, feature = divmod(j, COLUMN_WIDTH)
+        tokens, values = [np.empty(0, np.int64)], [np.empty(0, np.uint8)]
+        start = self._dump._plan.token_starts[shard]
+        for block, first in enumerate(block_starts(file.blocks)[:-1]):
+            found, bits = file.column(block, column).neuron(feature)
+            tokens.append(found + (start + first))
+            values.append(bits)
+        return np.concatenate(tokens), np.concatenate(values)
+
+    def _neuron_in(self, shard: int, j: int) -> tuple[np.ndarray, np.ndarray]:
+        """The same with values as float32."""
+        tokens, bits = self._neuron_bits(shard, j)
+        return tokens, np.asarray(numpy_framework().values(bits, self.dtype), np.float32)
+
+    def _feature(self, j: int) -> int:
+        self._neurons_only()
+        j = operator.index(j)
+        if not -self.width <= j < self.width:
+            raise OutOfRangeError(f"feature {j} is out of range: {self.name} has {self.width}")
+        return j % self.width
+
+    def _neurons_only(self) -> None:
+        if self.kind != "neurons":
+            raise ValueError(f"{self.name} was dumped as plain rows, which are read by tokens only")
+
+
+class _TokenColumn:
+    """Something of every token, read by slices."""
+
+    def __init__(self, dump: Dump, pick: Callable[[tuple[np.ndarray, ...]], np.ndarray]) -> None:
+        self._dump, self._pick = dump, pick
+
+    def __len__(self) -> int:
+        return self._dump.n_tokens
+
+    def __getitem__(self, tokens: int | slice) -> Any:
+        start, stop = token_range(tokens, len(self))
+        array = self._pick(self._dump._read_tokens(start, stop))
+        if isinstance(tokens, slice):
+            return self._dump.framework.array(array)
+        return int(array[0]) if array.ndim == 1 else self._dump.framework.array(array[0])
+
+
+def token_range(tokens: int | slice, n_tokens: int) -> tuple[int, int]:
+    """The range that an index or a slice names."""
+    if isinstance(tokens, slice):
+        start, stop, step = tokens.indices(n_tokens)
+        if step != 1:
+            raise ValueError(f"a dump is read by consecutive tokens, got step {step}")
+        return start, max(start, stop)
+    token = operator.index(tokens)
+    if not -n_tokens <= token < n_tokens:
+        raise OutOfRangeError(f"token {token} is out of range: there are {n_tokens}")
+    return token % n_tokens, token % n_tokens + 1
+
+
+def _empty_encoding(spec: HookSpec) -> "_storage.Encoding":
+    counts = np.empty((spec.n_columns, 0), np.uint8)
+    nothing = np.empty(0, np.uint8)
+    return _storage.Encoding(
+        counts, nothing, nothing, np.empty((spec.n_columns, 0, 2), np.int64), spec.width, spec.dtype
+    )
+
+
+def _block_bytes(block: Any) -> int:
+    if isinstance(block, np.ndarray):
+        return block.nbytes
+    return sum(memoryview(plane).nbytes for plane in (block.counts, block.index, block.values, block.tile_ptr))

@@ -1,0 +1,272 @@
+"""Reads one committed shard: checks what it reads, then hands out encodings, rows and statistics. No torch here."""
+
+from collections.abc import Iterable
+from itertools import accumulate
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import zstandard
+
+from .. import _storage
+from . import layout
+from .arrays import BITS
+from .container import TensorFile
+from .errors import DumpError
+from .layout import PLANES, HookSpec, TensorSpec
+from .plan import Plan, ShardRecord
+from .statistics import column_digest, new_statistics
+
+
+class HookFile:
+    """A hook's file of a shard, mapped. Its header is checked when it is opened, the rest when it is read.
+
+    Raises:
+        DumpError: the file or what was read of it is not what the format and the record say.
+    """
+
+    def __init__(self, root: Path, plan: Plan, record: ShardRecord, hook: HookSpec) -> None:
+        entry = record.hook_files[hook.name]
+        self.hook, self.blocks = hook, record.blocks
+        self._codec, self._signed_zero, self._lossy = plan.codec, plan.signed_zero, plan.lossy
+        path = root / record.directory / entry.file
+        self._file = TensorFile(path, root, entry.bytes, entry.header_xxh3)
+        expected = layout.metadata(hook, list(record.blocks), plan.codec, plan.signed_zero, record.token_start)
+        _check_contents(self._file, layout.hook_file(hook, list(record.blocks), plan.codec, plan.lossy), expected)
+        self._pointers: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self._statistics: tuple[np.ndarray, ...] | None = None
+
+    def encoding(self, block: int) -> "_storage.Encoding":
+        """Returns a block, all columns, checked. With codec "none" its index and values are the mapped file."""
+        return self._columns(block, 0, self.hook.n_columns, self.hook.width)
+
+    def column(self, block: int, column: int) -> "_storage.Encoding":
+        """Returns one column of a block, checked; no byte of another column is read."""
+        width = min(layout.COLUMN_WIDTH, self.hook.width - column * layout.COLUMN_WIDTH)
+        return self._columns(block, column, column + 1, width)
+
+    def rows(self, block: int) -> np.ndarray:
+        """Returns a block of plain rows [n_tokens, width], mapped or decompressed; bfloat16 as its bits."""
+        name = f"{block}/rows"
+        stored = self._file.bytes(name)
+        self._check_digest(f"{name}_xxh3", name, column_digest([stored]))
+        shape = (self.blocks[block], self.hook.width)
+        if self._codec != "none":
+            stored = memoryview(self._decompress(stored, shape[0] * shape[1] * self.hook.item_bytes, name, 0))
+        return np.frombuffer(stored, BITS[self.hook.dtype]).reshape(shape)
+
+    def sq_norm(self, block: int) -> np.ndarray | None:
+        """Returns the squared norms [n_tokens] of a block's rows before values were dropped; None if none were."""
+        if not self._lossy:
+            return None
+        name = f"{block}/sq_norm"
+        array = self._file.array(name, "F64", (self.blocks[block],))
+        self._check_digest(f"{name}_xxh3", name, column_digest([array]))
+        return array
+
+    def statistics(self) -> tuple[np.ndarray, ...]:
+        """Returns nnz i64, sum f64, sum_sq f64 and max f32 of every feature over the shard."""
+        if self._statistics is None:
+            shape = (self.hook.width,)
+            arrays = tuple(self._file.array(name, dtype, shape) for name, dtype in layout.STATISTICS)
+            self._check_digest("feature/xxh3", layout.STATISTICS[0][0], column_digest(arrays))
+            self._statistics = arrays
+        return self._statistics
+
+    def _columns(self, block: int, begin: int, end: int, n_features: int) -> "_storage.Encoding":
+        """Columns [begin, end) of a block, which hold n_features."""
+        starts, lengths, digests = self._block_pointers(block)
+        names = [f"{block}/{plane}" for plane in PLANES]
+        # Contiguous for the columns; then each column's own bytes.
+        stored = [self._file.bytes(n, int(starts[begin, p]), int(starts[end, p])) for p, n in enumerate(names)]
+        cuts = (starts[begin : end + 1] - starts[begin]).T.tolist()
+        frames = [
+            [plane[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+            for plane, bounds in zip(stored, cuts, strict=True)
+        ]
+        for c, column in enumerate(zip(*frames, strict=True)):
+            if column_digest(column) != int(digests[begin + c]):
+                # Which plane is damaged the digest cannot tell; the column's index is where to start looking.
+                offset = self._file.offset(names[0], int(starts[begin + c, 0]))
+                raise DumpError(
+                    f"the bytes of column {begin + c} do not fit its checksum in {block}/column_xxh3",
+                    path=self._file.path,
+                    tensor=names[0],
+                    offset=offset,
+                )
+        if self._codec != "none":
+            planes = []
+            for p, name in enumerate(names):
+                pieces = [
+                    self._decompress(frame, int(lengths[begin + c, p]), name, int(starts[begin + c, p]))
+                    for c, frame in enumerate(frames[p])
+                ]
+                planes.append(memoryview(b"".join(pieces)))
+            stored = planes
+        try:
+            occupancy, counts, index, values = stored
+            return _storage.join_block(
+                occupancy,
+                counts,
+                index,
+                values,
+                np.ascontiguousarray(lengths[begin:end]),
+                self.blocks[block],
+                n_features,
+                self.hook.dtype,
+                self._signed_zero,
+            )
+        except _storage.Fault as fault:
+            what, plane, column, token = fault.args
+            p = PLANES.index(plane)
+            where = f" (column {begin + column}" + (f", token {token})" if token >= 0 else ")") if column >= 0 else ""
+            offset = self._file.offset(names[p], int(starts[begin + max(column, 0), p]))
+            raise DumpError(what + where, path=self._file.path, tensor=names[p], offset=offset) from None
+        except (MemoryError, ValueError) as error:
+            raise DumpError(f"block {block} cannot be read: {error}", path=self._file.path) from error
+
+    def _block_pointers(self, block: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """column_ptr, column_length and column_xxh3 of a block: pointers ascend to the planes' ends, lengths are such
+        as the block's tokens and columns allow."""
+        if block in self._pointers:
+            return self._pointers[block]
+        hook, n_tokens = self.hook, self.blocks[block]
+        c = hook.n_columns
+        starts = self._file.array(f"{block}/column_ptr", "I64", (c + 1, 4))
+        lengths = self._file.array(f"{block}/column_length", "I64", (c, 4))
+        digests = self._file.array(f"{block}/column_xxh3", "U64", (c,))
+
+        def fail(tensor: str, row: int, what: str) -> NoReturn:
+            offset = self._file.offset(f"{block}/{tensor}", row * 32)
+            raise DumpError(f"row {row}: {what}", path=self._file.path, tensor=f"{block}/{tensor}", offset=offset)
+
+        ends = [self._file.tensors[f"{block}/{plane}"].nbytes for plane in PLANES]
+        bad = (starts < 0) | (starts > ends)  # before any difference, which could overflow
+        bad[1:] |= starts[1:] < starts[:-1]
+        bad[0] |= starts[0] != 0
+        bad[-1] |= starts[-1] != ends
+        if bad.any():
+            row = int(bad.any(1).argmax())
+            fail("column_ptr", row, f"{starts[row].tolist()} do not ascend to {ends}")
+        widths = np.minimum(layout.COLUMN_WIDTH, hook.width - layout.COLUMN_WIDTH * np.arange(c))
+        limits = np.empty((c, 4), np.int64)  # cannot overflow: a block has less than 2^31 tokens
+        limits[:, 0] = layout.occupancy_bytes(n_tokens)
+        limits[:, 1] = n_tokens
+        limits[:, 2] = n_tokens * -(-widths // 8)
+        limits[:, 3] = n_tokens * widths * hook.item_bytes
+        bad = (lengths < 0) | (lengths > limits)
+        bad[:, 0] |= lengths[:, 0] != layout.occupancy_bytes(n_tokens)
+        bad[:, 3] |= lengths[:, 3] % hook.item_bytes != 0
+        stored = np.diff(starts, axis=0)
+        # What is stored raw is as long as it is; a frame stands exactly where there are bytes.
+        bad |= stored != lengths if self._codec == "none" else (stored == 0) != (lengths == 0)
+        if bad.any():
+            row = int(bad.any(1).argmax())
+            fail("column_length", row, f"{lengths[row].tolist()} bytes cannot be, for {n_tokens} tokens")
+        self._pointers[block] = starts, lengths, digests
+        return self._pointers[block]
+
+    def _decompress(self, frame: memoryview, n_bytes: int, tensor: str, begin: int) -> bytes:
+        """Decompresses one frame that must hold n_bytes, no more and no less; nothing larger is ever allocated."""
+        if not len(frame) and not n_bytes:
+            return b""
+        try:
+            claimed = zstandard.frame_content_size(frame)
+            if claimed != n_bytes:
+                raise zstandard.ZstdError(f"the frame holds {claimed} bytes, expected {n_bytes}")
+            data = zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
+            if len(data) != n_bytes:
+                raise zstandard.ZstdError(f"the frame gave {len(data)} bytes, expected {n_bytes}")
+        except (zstandard.ZstdError, MemoryError) as error:
+            offset = self._file.offset(tensor, begin)
+            raise DumpError(str(error), path=self._file.path, tensor=tensor, offset=offset) from error
+        return data
+
+    def _check_digest(self, name: str, of: str, actual: int) -> None:
+        if int(self._file.array(name, "U64", (1,))[0]) != actual:
+            raise DumpError(
+                f"its bytes do not fit their checksum in {name}",
+                path=self._file.path,
+                tensor=of,
+                offset=self._file.offset(of),
+            )
+
+
+class TokensFile:
+    """A shard's file of tokens, mapped. That it holds n_tokens is checked when it is opened, the rest when it is read.
+
+    So a record cannot claim more tokens than there are bytes for, and what is allocated for them is bounded by files.
+    """
+
+    def __init__(self, root: Path, record: ShardRecord) -> None:
+        path = root / record.directory / record.tokens_file.file
+        self._n_tokens = n_tokens = record.n_tokens
+        self._file = TensorFile(path, root, record.tokens_file.bytes, record.tokens_file.header_xxh3)
+        info = self._file.tensors.get("token_ids")
+        self._id_dtype = "I64" if info is not None and info.dtype == "I64" else "I32"
+        expected = layout.tokens_metadata(n_tokens, record.token_start)
+        _check_contents(self._file, layout.tokens_file(n_tokens, self._id_dtype), expected)
+
+    def read(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns document, position and token id of every token, int64 [n_tokens] each."""
+        digests = self._file.array("xxh3", "U64", (3,))
+        arrays = []
+        for i, name in enumerate(("document", "position", "token_ids")):
+            dtype = self._id_dtype if name == "token_ids" else "I64"
+            array = self._file.array(name, dtype, (self._n_tokens,))
+            if column_digest([array]) != int(digests[i]):
+                raise DumpError(
+                    "its bytes do not fit their checksum in xxh3",
+                    path=self._file.path,
+                    tensor=name,
+                    offset=self._file.offset(name),
+                )
+            arrays.append(array.astype(np.int64, copy=False))
+        return arrays[0], arrays[1], arrays[2]
+
+
+def verify_hook_file(file: HookFile, nnz: int) -> None:
+    """Reads everything and compares the statistics and `nnz` of the record with the values; DumpError."""
+    if file.hook.kind == "rows":
+        for block in range(len(file.blocks)):
+            file.rows(block)
+        return
+    actual = new_statistics(file.hook.width)
+    for block in range(len(file.blocks)):
+        file.encoding(block).add_feature_stats(*actual)
+        file.sq_norm(block)
+    for (name, _), stored, computed in zip(layout.STATISTICS, file.statistics(), actual, strict=True):
+        # Sums may have been added in another order by another instruction set.
+        same = np.isclose(stored, computed, rtol=1e-9, atol=0, equal_nan=True)
+        if not same.all():
+            feature = int((~same).argmax())
+            raise DumpError(
+                f"feature {feature} has {stored[feature]}, the stored values give {computed[feature]}",
+                path=file._file.path,
+                tensor=name,
+                offset=file._file.offset(name),
+            )
+    if int(actual[0].sum()) != nnz:
+        raise DumpError(f"holds {actual[0].sum()} values, its commit record says {nnz}", path=file._file.path)
+
+
+def block_starts(blocks: tuple[int, ...]) -> list[int]:
+    """Where each block begins in its shard, and where the last one ends."""
+    return list(accumulate(blocks, initial=0))
+
+
+def _check_contents(file: TensorFile, expected: Iterable[TensorSpec], metadata: dict[str, str]) -> None:
+    """The file holds exactly the expected tensors, and its metadata says what the plan and the record say."""
+    if file.metadata != metadata:
+        key = next(k for k in (*metadata, *file.metadata) if file.metadata.get(k) != metadata.get(k))
+        raise DumpError(
+            f"__metadata__ says {key} = {file.metadata.get(key)!r:.80}, plan and commit record say "
+            f"{metadata.get(key)!r:.80}",
+            path=file.path,
+        )
+    names = set()
+    for spec in expected:
+        names.add(spec.name)
+        file.info(spec.name, spec.dtype, spec.shape)
+    if extra := file.tensors.keys() - names:
+        raise DumpError("the format has no such tensor", path=file.path, tensor=min(extra))

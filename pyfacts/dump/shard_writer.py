@@ -1,0 +1,246 @@
+"""Writes one shard: a file per hook, a file of tokens, and at the end the record that makes them a part of the dump."""
+
+import queue
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zstandard
+
+from .. import _storage
+from . import files, layout
+from .container import TensorWriter, header_room
+from .layout import HookSpec
+from .plan import FileRecord, Plan, ShardRecord, hook_file_name, record_path, shard_name
+from .statistics import as_bytes, column_digest, digest_array, new_statistics
+
+ZSTD_LEVEL = 1
+
+
+class HookWriter:
+    """Writes a hook's file of a shard, block by block.
+
+    Args:
+        path: the file, which must not exist.
+        hook: what it holds.
+        plan: the plan; its codec and the like.
+        shard: the shard's number.
+    """
+
+    def __init__(self, path: Path, hook: HookSpec, plan: Plan, shard: int) -> None:
+        self._hook, self._plan = hook, plan
+        self._token_start = plan.token_starts[shard]
+        n_tokens = plan.token_starts[shard + 1] - self._token_start
+        blocks: list[int | None] = [None] * layout.max_blocks(n_tokens)
+        tensors = layout.hook_file(hook, blocks, plan.codec, plan.lossy)
+        room = header_room(((t.name, t.dtype, len(t.shape)) for t in tensors), self._metadata([n_tokens] * len(blocks)))
+        self._file = TensorWriter(path, room)
+        self._compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL) if plan.codec == "zstd" else None
+        self.blocks: list[int] = []
+        self.nnz = 0
+        self._statistics = new_statistics(hook.width)
+
+    def add_encoding(self, encoding: "_storage.Encoding", sq_norm: np.ndarray | None) -> None:
+        """Appends a block of encoded activations; sq_norm float64 [n_tokens] where values were dropped."""
+        block, hook = len(self.blocks), self._hook
+        occupancy, counts, n_occupied = _storage.split_counts(encoding)
+        planes: list[Any] = [as_bytes(plane) for plane in (occupancy, counts, encoding.index, encoding.values)]
+        length = column_lengths(encoding, n_occupied)
+        starts = np.zeros((hook.n_columns + 1, 4), np.int64)
+        np.cumsum(length, axis=0, out=starts[1:])
+        pieces: list[list[Any]] = [
+            [plane[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+            for plane, bounds in zip(planes, starts.T.tolist(), strict=True)
+        ]
+        if self._compressor is not None:
+            # A plane of no bytes has no frame.
+            pieces = [[self._compressor.compress(p) if len(p) else b"" for p in column] for column in pieces]
+            np.cumsum([[len(p) for p in column] for column in pieces], axis=1, out=starts[1:].T)
+            planes = [b"".join(column) for column in pieces]
+        digests = [column_digest(frames) for frames in zip(*pieces, strict=True)]
+
+        self._add(f"{block}/column_ptr", "I64", starts)
+        self._add(f"{block}/column_length", "I64", length)
+        self._add(f"{block}/column_xxh3", "U64", np.array(digests, np.uint64))
+        if self._plan.lossy:
+            if sq_norm is None:
+                raise AssertionError("a lossy plan needs the squared norm of every input row")
+            self._add(f"{block}/sq_norm", "F64", np.ascontiguousarray(sq_norm, np.float64))
+            self._add(f"{block}/sq_norm_xxh3", "U64", digest_array(sq_norm))
+        stored = dict(zip(layout.PLANES, planes, strict=True))
+        values = stored.pop("values")
+        if self._compressor is None:
+            self._file.add(f"{block}/values", layout.SAFETENSORS_DTYPES[hook.dtype], (encoding.nnz,), values)
+        else:
+            self._file.add(f"{block}/values", "U8", (len(values),), values)
+        for name, plane in stored.items():
+            self._file.add(f"{block}/{name}", "U8", (len(plane),), plane)
+        self._file.pad(f"{block}/padding")
+        encoding.add_feature_stats(*self._statistics)
+        self.nnz += encoding.nnz
+        self.blocks.append(encoding.n_tokens)
+
+    def add_rows(self, rows: np.ndarray) -> None:
+        """Appends a block of plain rows: the bits [n_tokens, width]."""
+        block = len(self.blocks)
+        stored: Any = as_bytes(rows) if self._compressor is None else self._compressor.compress(as_bytes(rows))
+        self._add(f"{block}/rows_xxh3", "U64", digest_array(stored))
+        if self._compressor is None:
+            self._file.add(f"{block}/rows", layout.SAFETENSORS_DTYPES[self._hook.dtype], rows.shape, stored)
+        else:
+            self._file.add(f"{block}/rows", "U8", (len(stored),), stored)
+        self._file.pad(f"{block}/padding")
+        self.blocks.append(len(rows))
+
+    def finish(self) -> tuple[int, str]:
+        """Writes statistics and header, durably. Returns the file's bytes and its header's digest."""
+        if self._hook.kind == "neurons":
+            for (name, dtype), array in zip(layout.STATISTICS, self._statistics, strict=True):
+                self._add(name, dtype, array)
+            self._file.pad("feature/padding")
+            self._add("feature/xxh3", "U64", digest_array(*self._statistics))
+        return self._file.finish(self._metadata(self.blocks))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _add(self, name: str, dtype: str, array: np.ndarray) -> None:
+        self._file.add(name, dtype, array.shape, array)
+
+    def _metadata(self, blocks: list[int]) -> dict[str, str]:
+        return layout.metadata(self._hook, blocks, self._plan.codec, self._plan.signed_zero, self._token_start)
+
+
+class ShardWriter:
+    """One attempt at a shard, in a directory of its own that is nothing until `commit`."""
+
+    def __init__(self, root: Path, plan: Plan, shard: int) -> None:
+        self._root, self._plan, self.shard = root, plan, shard
+        self._directory = files.make_unique_directory(root, shard_name(shard))
+        self._hooks: dict[str, HookWriter] = {}
+        self._tokens: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        try:
+            for hook in plan.hooks:
+                path = self._directory / f"{hook_file_name(hook.name)}.tmp"
+                self._hooks[hook.name] = HookWriter(path, hook, plan, shard)
+        except BaseException:
+            self.abandon()
+            raise
+
+    def __getitem__(self, hook: str) -> HookWriter:
+        return self._hooks[hook]
+
+    def add_tokens(self, token_ids: np.ndarray, document: np.ndarray, position: np.ndarray) -> None:
+        """Appends captured tokens: int64 [n] each."""
+        self._tokens.append((token_ids, document, position))
+
+    def commit(self, *, use_links: bool) -> bool:
+        """Makes the shard a part of the dump. Returns False, and leaves nothing, if another worker was first."""
+        hook_files = {}
+        for name, writer in self._hooks.items():
+            n_bytes, digest = writer.finish()
+            hook_files[name] = self._rename(hook_file_name(name), n_bytes, digest)
+        tokens_file = self._write_tokens()
+        blocks = {tuple(writer.blocks) for writer in self._hooks.values()}
+        if len(blocks) != 1:
+            raise AssertionError(f"the hooks of shard {self.shard} have different blocks: {blocks}")
+        record = ShardRecord(
+            shard=self.shard,
+            directory=self._directory.name,
+            plan_xxh3=self._plan.digest,
+            token_start=self._plan.token_starts[self.shard],
+            blocks=blocks.pop(),
+            tokens_file=tokens_file,
+            hook_files=hook_files,
+            nnz={h.name: self._hooks[h.name].nnz for h in self._plan.hooks if h.kind == "neurons"},
+        )
+        if record.n_tokens != self._plan.token_starts[self.shard + 1] - record.token_start:
+            raise AssertionError(f"shard {self.shard} holds {record.n_tokens} tokens, the plan gives it others")
+        source = self._directory / "record.json"
+        files.write_durably(source, record.to_json())
+        files.fsync_directory(self._directory)
+        files.fsync_directory(self._root)
+        won = files.put_if_absent(source, record_path(self._root, self.shard), use_links=use_links)
+        if not won:
+            self.abandon()
+        return won
+
+    def abandon(self) -> None:
+        """Removes the attempt."""
+        for writer in self._hooks.values():
+            writer.close()
+        files.remove_tree(self._directory)
+
+    def _rename(self, name: str, n_bytes: int, digest: str) -> FileRecord:
+        (self._directory / f"{name}.tmp").rename(self._directory / name)
+        return FileRecord(name, n_bytes, digest)
+
+    def _write_tokens(self) -> FileRecord:
+        token_ids, document, position = (np.concatenate(parts) for parts in zip(*self._tokens, strict=True))
+        id_dtype, numpy_dtype = ("I32", "<i4") if self._plan.tokens["highest_id"] < 2**31 else ("I64", "<i8")
+        arrays = {"document": document, "position": position, "token_ids": token_ids.astype(numpy_dtype)}
+        specs = layout.tokens_file(len(token_ids), id_dtype)
+        metadata = layout.tokens_metadata(len(token_ids), self._plan.token_starts[self.shard])
+        room = header_room(((spec.name, spec.dtype, len(spec.shape)) for spec in specs), metadata)
+        file = TensorWriter(self._directory / f"{layout.TOKENS_FILE}.tmp", room)
+        try:
+            for name, array in arrays.items():
+                file.add(name, "I64" if name != "token_ids" else id_dtype, array.shape, array)
+            file.pad("padding")
+            digests = np.array([column_digest([array]) for array in arrays.values()], np.uint64)
+            file.add("xxh3", "U64", digests.shape, digests)
+            n_bytes, digest = file.finish(metadata)
+        finally:
+            file.close()
+        return self._rename(layout.TOKENS_FILE, n_bytes, digest)
+
+
+class WriterThread:
+    """Runs jobs in order on one thread, so that writing overlaps the forward pass; at most `depth` wait.
+
+    A job's exception comes out of the next `submit` or `wait`, and the jobs after it do not run.
+    """
+
+    def __init__(self, depth: int = 1) -> None:
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pyfacts-writer")
+        self._pending: queue.SimpleQueue[Future[None]] = queue.SimpleQueue()
+        self._depth = depth
+        self._failed = False
+
+    def submit(self, job: Callable[[], None]) -> None:
+        while self._pending.qsize() >= self._depth:
+            self._pending.get().result()
+        self._pending.put(self._pool.submit(self._run, job))
+
+    def wait(self) -> None:
+        """Waits for all jobs."""
+        while not self._pending.empty():
+            self._pending.get().result()
+
+    def close(self) -> None:
+        """Waits for the jobs that have begun or wait; errors were or will be someone else's."""
+        self._pool.shutdown(wait=True)
+
+    def _run(self, job: Callable[[], None]) -> None:
+        if self._failed:
+            return
+        try:
+            job()
+        except BaseException:
+            self._failed = True
+            raise
+
+
+def column_lengths(encoding: "_storage.Encoding", n_occupied: np.ndarray) -> np.ndarray:
+    """int64 [n_columns, 4], the bytes of each column in each plane, uncompressed."""
+    item = layout.ITEM_BYTES[encoding.dtype]
+    length = np.empty((len(n_occupied), 4), np.int64)
+    length[:, 0] = layout.occupancy_bytes(encoding.n_tokens)
+    length[:, 1] = n_occupied
+    ends = (len(as_bytes(encoding.index)), encoding.nnz)
+    for plane, unit in ((0, 1), (1, item)):
+        starts = np.append(np.asarray(encoding.tile_ptr)[:, 0, plane], ends[plane])
+        length[:, 2 + plane] = np.diff(starts) * unit
+    return length

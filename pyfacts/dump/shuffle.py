@@ -1,0 +1,82 @@
+"""Shuffled batches for training on a dump: whole blocks are read, tokens leave them in random order."""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .arrays import BITS
+
+if TYPE_CHECKING:
+    from .reader import DumpedHook
+
+MIXED_BLOCKS = 8
+
+
+def batches(
+    hooks: "Sequence[DumpedHook]",
+    blocks: list[tuple[int, int]],
+    batch_size: int,
+    seed: int,
+    rank: int,
+    world_size: int,
+) -> Iterator[dict[str, Any]]:
+    """See `Dump.batches`; `blocks` are (shard, block)."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be in [0, world_size), got {rank} of {world_size}")
+    if not hooks:
+        raise ValueError("batches needs at least one hook")
+    return _batches(hooks, blocks, batch_size, seed, rank, world_size)
+
+
+def _batches(
+    hooks: "Sequence[DumpedHook]",
+    blocks: list[tuple[int, int]],
+    batch_size: int,
+    seed: int,
+    rank: int,
+    world_size: int,
+) -> Iterator[dict[str, Any]]:
+    order = np.random.default_rng([seed, 0]).permutation(len(blocks))[rank::world_size].tolist()
+    rng = np.random.default_rng([seed, 1, rank, world_size])
+    loaded: dict[int, list[Any]] = {}  # block number -> its encoding or rows, by hook
+    pool = np.empty((0, 2), np.int64)  # (block number, token in it)
+    for i in range(0, len(order), MIXED_BLOCKS):
+        group = order[i : i + MIXED_BLOCKS]
+        fresh = []
+        for number in group:
+            loaded[number] = [hook._read_block(*blocks[number]) for hook in hooks]
+            n_tokens = hooks[0]._block_tokens(*blocks[number])
+            fresh.append(np.stack([np.full(n_tokens, number), np.arange(n_tokens)], axis=1))
+        pool = rng.permutation(np.concatenate([pool, *fresh]))
+        last = i + MIXED_BLOCKS >= len(order)
+        n_batched = len(pool) if last else len(pool) // batch_size * batch_size
+        for start in range(0, n_batched, batch_size):
+            yield _gather(hooks, loaded, pool[start : min(start + batch_size, n_batched)])
+        pool = pool[n_batched:]
+        needed = set(pool[:, 0].tolist())
+        loaded = {number: block for number, block in loaded.items() if number in needed}
+
+
+def _gather(hooks: "Sequence[DumpedHook]", loaded: dict[int, list[Any]], picked: np.ndarray) -> dict[str, Any]:
+    """Dense rows of (block number, token) pairs, by hook, in the order of the pairs."""
+    # Token by token within a block, then back into the order asked for: each block is walked once.
+    order = np.argsort(picked[:, 0], kind="stable")
+    numbers, starts = np.unique(picked[order, 0], return_index=True)
+    ends = [*starts[1:].tolist(), len(order)]
+    batch = {}
+    for h, hook in enumerate(hooks):
+        rows = np.empty((len(picked), hook.width), BITS[hook.dtype])
+        for number, start, end in zip(numbers.tolist(), starts.tolist(), ends, strict=True):
+            places = order[start:end]
+            block, tokens = loaded[number][h], np.ascontiguousarray(picked[places, 1])
+            if hook.kind == "rows":
+                rows[places] = block[tokens]
+            else:
+                dense = np.empty((len(places), hook.width), BITS[hook.dtype])
+                block.gather_rows(tokens, dense)
+                rows[places] = dense
+        batch[hook.name] = hook._dump.framework.rows(rows, hook.dtype)
+    return batch

@@ -1,0 +1,331 @@
+"""Dumps against plain PyTorch hooks: what goes in comes out, by token, by neuron, by value, shuffled."""
+
+import json
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from dump_models import CONTEXT, HOOKS, WIDTH, TinyModel, committed_bytes, hooked, one_thread, tokens  # noqa: F401  one_thread is a fixture
+from safetensors import safe_open
+
+import pyfacts
+from pyfacts.dump import DumpError, layout, open_dump
+from pyfacts.dump.run import dump
+from pyfacts.select import topk
+
+N_SEQUENCES = 700  # three shards of 5,000 tokens and more, of two blocks each
+
+
+@pytest.fixture(scope="module")
+def model():
+    return TinyModel()
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return tokens(N_SEQUENCES)
+
+
+@pytest.fixture(scope="module")
+def dense(model, ids):
+    return hooked(model, HOOKS, [(batch,) for batch in ids.split(8)])
+
+
+@pytest.fixture(scope="module", params=["none", "zstd"])
+def dumped(request, model, ids, tmp_path_factory):
+    out = tmp_path_factory.mktemp(request.param) / "out"
+    return dump(model, ids, out, names_filter=HOOKS, codec=request.param, shard_tokens=5000)
+
+
+def same_bits(a, b):
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.int16), b.view(torch.int16))
+
+
+class TestReading:
+    def test_every_range_has_the_models_bits(self, dumped, dense):
+        n = N_SEQUENCES * CONTEXT
+        assert dumped.n_tokens == n and dumped.complete and dumped.hook_names == HOOKS
+        # Across shards, across blocks, at their edges, empty, negative, open.
+        edges = [(0, 1), (4095, 4097), (4992, 5008), (5, 5), (n - 1, n)]
+        for bounds in [(0, n), *edges, (-7, None), (None, 3), (90, 10**9)]:
+            part = slice(*bounds)
+            for hook in HOOKS:
+                assert same_bits(dumped[hook][part].to_dense(), dense[hook][part])
+
+    def test_a_range_is_what_encode_makes_of_it(self, dumped, dense):
+        ours, theirs = dumped[HOOKS[1]][4000:6000], pyfacts.encode(dense[HOOKS[1]][4000:6000])
+        assert all(torch.equal(a, b) for a, b in zip(ours.planes, theirs.planes, strict=True))
+
+    def test_one_token(self, dumped, dense):
+        assert same_bits(dumped[HOOKS[0]][-3].to_dense(), dense[HOOKS[0]][-3:-2])
+
+    def test_range_errors(self, dumped):
+        n = dumped.n_tokens
+        for bad in (n, -n - 1):
+            with pytest.raises(IndexError, match=str(n)):
+                dumped[HOOKS[0]][bad]
+            with pytest.raises(IndexError):
+                dumped.token_ids[bad]
+        with pytest.raises(ValueError, match="step"):
+            dumped[HOOKS[0]][::2]
+        with pytest.raises(KeyError, match=r"layers\.1\.down"):
+            dumped["layers.2.down"]
+        for bad in (WIDTH, -WIDTH - 1):
+            with pytest.raises(IndexError, match=str(WIDTH)):
+                dumped[HOOKS[0]].neuron(bad)
+
+    def test_tokens_and_positions(self, dumped, ids):
+        assert torch.equal(dumped.token_ids[:], ids.reshape(-1))
+        assert dumped.token_ids[-1] == int(ids[-1, -1])
+        rows = torch.arange(N_SEQUENCES).repeat_interleave(CONTEXT)
+        columns = torch.arange(CONTEXT).repeat(N_SEQUENCES)
+        assert torch.equal(dumped.positions[4990:5010], torch.stack([rows, columns], 1)[4990:5010])
+        assert dumped.positions[17].tolist() == [1, 1]
+
+    def test_neurons(self, dumped, dense):
+        for j in (0, 255, 256, WIDTH - 1, -1):
+            found, values = dumped[HOOKS[0]].neuron(j)
+            column = dense[HOOKS[0]][:, j]
+            assert torch.equal(found, column.nonzero()[:, 0])
+            assert same_bits(values, column[found])
+
+    @pytest.mark.parametrize("k", [1, 20, 10**6])
+    def test_top_tokens_are_the_largest_and_ties_the_first(self, dumped, dense, k):
+        for j in (3, 256):
+            column = dense[HOOKS[1]][:, j].float()
+            expected = sorted(((i, v) for i, v in enumerate(column.tolist()) if v), key=lambda p: (-p[1], p[0]))[:k]
+            assert dumped[HOOKS[1]].top_tokens(j, k) == expected
+
+    def test_statistics(self, dumped, dense):
+        for hook in HOOKS:
+            x, stats = dense[hook].double(), dumped[hook].feature_stats()
+            assert np.array_equal(stats.nnz, (x != 0).sum(0))
+            assert np.allclose(stats.sum, x.sum(0), rtol=1e-12) and np.allclose(stats.sum_sq, (x**2).sum(0), rtol=1e-12)
+            stored = torch.where(x != 0, x, -torch.inf)
+            assert np.array_equal(stats.max, stored.amax(0))
+            assert dumped[hook].nnz == int((x != 0).sum())
+            assert dumped[hook].density == pytest.approx((x != 0).double().mean().item())
+
+    def test_contexts(self, dumped, dense, ids):
+        contexts = dumped.contexts(HOOKS[0], 7, k=30, window=9)
+        column = dense[HOOKS[0]][:, 7].float()
+        assert [(c.token_index, c.value) for c in contexts] == dumped[HOOKS[0]].top_tokens(7, 30)
+        for c in contexts:
+            low = max(c.token_index - 4, c.document * CONTEXT)
+            high = min(c.token_index + 5, (c.document + 1) * CONTEXT)
+            assert c.start == low and (c.document, c.position) == divmod(c.token_index, CONTEXT)
+            assert torch.equal(c.token_ids, ids.reshape(-1)[low:high])
+            assert torch.equal(c.values, column[low:high])
+
+    def test_verify(self, dumped):
+        report = dumped.verify()
+        assert (report.complete, report.n_shards, report.n_files, report.n_tokens) == (True, 3, 9, dumped.n_tokens)
+        on_disk = sum(f.stat().st_size for f in dumped.path.rglob("*.safetensors"))
+        assert report.n_bytes == on_disk == dumped.n_bytes
+
+    def test_safetensors_opens_the_files(self, dumped, dense):
+        for path in dumped.path.rglob("*.safetensors"):
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata()
+                assert metadata["version"] == "1"
+                for name in file.keys():  # noqa: SIM118  no mapping
+                    file.get_tensor(name)
+                if metadata.get("hook") == HOOKS[0] and metadata["token_start"] == "0" and metadata["codec"] == "none":
+                    block = int(metadata["block_tokens"].split(",")[0])
+                    expected = pyfacts.encode(dense[HOOKS[0]][:block])
+                    assert torch.equal(file.get_tensor("0/index"), expected.index)
+                    assert same_bits(file.get_tensor("0/values"), expected.values)
+
+    def test_tensors_lie_aligned_behind_a_padded_header(self, dumped):
+        for path in dumped.path.rglob("*.safetensors"):
+            data = path.read_bytes()
+            (n,) = struct.unpack("<Q", data[:8])
+            header = json.loads(data[8 : 8 + n])
+            assert n % 8 == 0 and data[8 + n - 1 : 8 + n] in (b" ", b"}")
+            for name, entry in header.items():
+                if name != "__metadata__" and entry["dtype"] != "U8":
+                    assert (8 + n + entry["data_offsets"][0]) % 4 == 0
+                    assert entry["dtype"] not in ("I64", "F64", "U64") or entry["data_offsets"][0] % 8 == 0
+
+
+class TestBatches:
+    @pytest.mark.parametrize("batch_size", [1000, 7777])
+    def test_every_token_once_in_random_order_and_hooks_agree(self, dumped, dense, batch_size):
+        batches = list(dumped.batches(HOOKS, batch_size, seed=3))
+        assert all(len(b[HOOKS[0]]) == batch_size for b in batches[:-1])
+        rows = {hook: torch.cat([b[hook] for b in batches]) for hook in HOOKS}
+        both = torch.cat([rows[hook] for hook in HOOKS], 1).view(torch.int16)
+        expected = torch.cat([dense[hook] for hook in HOOKS], 1).view(torch.int16)
+        assert not torch.equal(both[:1000], expected[:1000])
+        order = np.lexsort(both.numpy().T), np.lexsort(expected.numpy().T)
+        assert np.array_equal(both.numpy()[order[0]], expected.numpy()[order[1]])
+
+    def test_deterministic_by_seed_and_disjoint_by_rank(self, dumped):
+        one = [b[HOOKS[0]] for b in dumped.batches(HOOKS[0], 500, seed=1)]
+        again = [b[HOOKS[0]] for b in dumped.batches(HOOKS[0], 500, seed=1)]
+        other = [b[HOOKS[0]] for b in dumped.batches(HOOKS[0], 500, seed=2)]
+        assert all(map(same_bits, one, again)) and not same_bits(one[0], other[0])
+        parts = [torch.cat([b[HOOKS[0]] for b in dumped.batches(HOOKS[0], 500, 1, r, 4)]) for r in range(4)]
+        assert sum(map(len, parts)) == dumped.n_tokens
+        a, b = torch.cat(parts).view(torch.int16).numpy(), torch.cat(one).view(torch.int16).numpy()
+        assert np.array_equal(a[np.lexsort(a.T)], b[np.lexsort(b.T)])
+
+    def test_bad_arguments(self, dumped):
+        for arguments in ((0, 0), (10, 0, 2, 2), (10, 0, -1, 2)):
+            with pytest.raises(ValueError):
+                dumped.batches(HOOKS, *arguments)
+
+
+class TestNeuronTouchesItsColumnOnly:
+    def test_other_columns_may_be_rubbish(self, dumped, dense, tmp_path):
+        """Every byte of column 0 is overwritten: column 1 still reads, column 0 is an error."""
+        root = tmp_path / "copy"
+        shutil.copytree(dumped.path, root)
+        for path in root.rglob("layers.0.down.safetensors"):
+            data = bytearray(path.read_bytes())
+            (n,) = struct.unpack("<Q", data[:8])
+            header = json.loads(data[8 : 8 + n])
+            starts = {name: 8 + n + e["data_offsets"][0] for name, e in header.items() if name != "__metadata__"}
+            for block in range(header["__metadata__"]["block_tokens"].count(",") + 1):
+                at = starts[f"{block}/column_ptr"]
+                ends = np.frombuffer(data, np.int64, 4, at + 32)
+                for plane, end in zip(layout.PLANES, ends.tolist(), strict=True):
+                    begin = starts[f"{block}/{plane}"]
+                    data[begin : begin + end] = bytes(255 - b for b in data[begin : begin + end])
+            path.write_bytes(data)
+        damaged = open_dump(root)
+        found, values = damaged[HOOKS[0]].neuron(299)
+        assert torch.equal(found, dense[HOOKS[0]][:, 299].nonzero()[:, 0])
+        assert same_bits(values, dense[HOOKS[0]][found, 299])
+        with pytest.raises(DumpError, match=r"layers\.0\.down\.safetensors.*column 0"):
+            damaged[HOOKS[0]].neuron(0)
+        with pytest.raises(DumpError):
+            damaged[HOOKS[0]][0:10]
+        with pytest.raises(DumpError):
+            damaged.verify()
+
+
+class TestNumpy:
+    def test_without_torch(self, dumped, dense, tmp_path):
+        np.save(tmp_path / "dense.npy", dense[HOOKS[0]].float().numpy())
+        program = """
+import sys
+sys.modules["torch"] = None
+import numpy as np, pyfacts.dump
+d = pyfacts.dump.open_dump(sys.argv[1], framework="numpy")
+dense = np.load(sys.argv[2])
+h = d["layers.0.down"]
+assert np.array_equal(h[100:9000].to_dense(), dense[100:9000]) and h[0:1].values.dtype == np.float32
+j = 256 + int((dense[:, 256:] > 0).sum(0).argmax())
+t, v = h.neuron(j)
+assert np.array_equal(t, dense[:, j].nonzero()[0]) and np.array_equal(v, dense[t, j])
+assert h.top_tokens(j, 1)[0][1] == dense[:, j].max()
+assert sum(len(b["layers.0.down"]) for b in d.batches(["layers.0.down"], 999, 0)) == len(dense)
+assert d.token_ids[0:5].shape == (5,) and d.positions[0:5].shape == (5, 2)
+d.verify()
+assert d.contexts("layers.0.down", j, 2)
+print("fine")
+"""
+        arguments = [sys.executable, "-c", program, str(dumped.path), str(tmp_path / "dense.npy")]
+        done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+        assert done.stdout == "fine\n", done.stderr
+
+
+class TestDtypesAndSelect:
+    @pytest.mark.parametrize("codec", ["none", "zstd"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    def test_dtypes(self, dtype, codec, tmp_path):
+        model, ids = TinyModel(dtype=dtype), tokens(20)
+        d = dump(model, ids, tmp_path, names_filter=HOOKS, codec=codec)
+        expected = hooked(model, HOOKS, [(batch,) for batch in ids.split(8)])
+        assert torch.equal(d[HOOKS[1]][:].to_dense(), expected[HOOKS[1]])
+        d.verify()
+
+    @pytest.mark.parametrize("codec", ["none", "zstd"])
+    def test_select_is_recorded_with_what_it_dropped(self, model, ids, dense, codec, tmp_path):
+        select = topk(5)
+        d = dump(model, ids[:100], tmp_path, names_filter=HOOKS, select=select, codec=codec, shard_tokens=500)
+        expected = select.encode(dense[HOOKS[0]][:1600])
+        enc = d[HOOKS[0]][100:1500]
+        assert torch.equal(enc.to_dense(), expected[100:1500].to_dense())
+        assert torch.allclose(enc.sq_norm, expected.sq_norm[100:1500], rtol=1e-12)
+        assert 0 < enc.dropped_share == pytest.approx(expected[100:1500].dropped_share, rel=1e-9)
+        assert d.plan["select"] == {"kind": "topk", "k": 5}
+        d.verify()
+
+
+class TestHuggingFace:
+    @pytest.mark.parametrize("codec", ["none", "zstd"])
+    def test_opt_with_padding_rows_and_a_mask(self, codec, tmp_path):
+        from tiny_models import opt
+
+        model = opt().train()
+        generator = torch.Generator().manual_seed(0)
+        lengths = torch.randint(1, 30, (41,), generator=generator).tolist()
+        sequences = [torch.randint(2, 50, (n,), generator=generator).tolist() for n in lengths]
+        mask = [[i > 0 for i in range(n)] for n in lengths]  # skip the first token, as one skips BOS
+        hooks = ["blocks.0.mlp.hook_post", "blocks.1.hook_resid_pre"]
+        d = dump(
+            model, sequences, tmp_path, names_filter=hooks, token_mask=mask, batch_size=4, shard_tokens=100, codec=codec
+        )
+        batches, kept = [], []
+        for i in range(0, len(sequences), 4):
+            rows = sequences[i : i + 4]
+            longest = max(map(len, rows))
+            batch = {
+                "input_ids": torch.tensor([row + [0] * (longest - len(row)) for row in rows]),
+                "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]),
+            }
+            if batch["attention_mask"].all():
+                del batch["attention_mask"]
+            batches.append(batch)
+            kept.append(torch.tensor([[0 < p < len(row) for p in range(longest)] for row in rows]).reshape(-1))
+        paths = ["model.decoder.layers.0.fc2", "model.decoder.layers.1"]
+        expected = {path: x[torch.cat(kept)] for path, x in hooked(model, paths, batches).items()}
+        assert model.training
+        assert torch.equal(d[hooks[0]][:].to_dense(), expected[paths[0]])
+        assert torch.equal(d[hooks[1]][:], expected[paths[1]])
+        assert torch.equal(d[hooks[1]][7:31], expected[paths[1]][7:31]) and d[hooks[1]][3:3].shape == (0, 16)
+        assert d.token_ids[:].tolist() == [t for row in sequences for t in row[1:]]
+        assert d.positions[:].tolist() == [[i, p] for i, n in enumerate(lengths) for p in range(1, n)]
+        d.verify()
+        with pytest.raises(ValueError, match="rows"):
+            d[hooks[1]].neuron(0)
+
+    def test_the_forward_stops_after_the_last_hook(self, ids, tmp_path):
+        model, heads = TinyModel(), []
+        model.head.register_forward_hook(lambda *_: heads.append(1))
+        dump(model, ids[:8], tmp_path, names_filter=HOOKS)
+        assert model.forwards == 1 and not heads
+
+
+def test_same_plan_same_bytes(model, ids, tmp_path):
+    for name in "ab":
+        dump(model, ids[:400], tmp_path / name, names_filter=HOOKS, shard_tokens=5000)
+    assert committed_bytes(tmp_path / "a") == committed_bytes(tmp_path / "b")
+
+
+def test_umask_is_honoured(model, ids, tmp_path):
+    import os
+
+    previous = os.umask(0o027)
+    try:
+        d = dump(model, ids[:8], tmp_path / "out", names_filter=HOOKS)
+    finally:
+        os.umask(previous)
+    for path in [d.path, *d.path.rglob("*")]:
+        assert path.stat().st_mode & 0o777 == (0o750 if path.is_dir() else 0o640), path
+
+
+def test_open_what_is_no_dump(tmp_path):
+    with pytest.raises(DumpError, match=r"dump\.json"):
+        open_dump(tmp_path)
+    with pytest.raises(DumpError, match="no dump"):
+        open_dump(Path("nowhere"))
+    with pytest.raises(ValueError, match="framework"):
+        open_dump(tmp_path, framework="jax")

@@ -1,0 +1,270 @@
+"""What `dump` takes as model and tokens, and what it says of input that it cannot take."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from dump_models import CONTEXT, HOOKS, VOCAB, TinyModel, hooked, one_thread, tokens  # noqa: F401
+from tiny_models import opt
+
+from pyfacts.dump import documents
+from pyfacts.dump.inputs import read_tokens
+from pyfacts.dump.run import dump
+
+WORDS = [f"w{i}" for i in range(40)]
+DOCUMENTS = [" ".join(WORDS[(i * j) % 40] for j in range(1, n)) for i, n in enumerate((5, 30, 2, 71, 12))]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Words to ids, with a token of its own before every text, as OPT's has."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: i for i, word in enumerate(["<s>", "<unk>", *WORDS])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", unk_token="<unk>")
+
+
+@pytest.fixture(scope="module")
+def ids(tokenizer):
+    return [tokenizer(text)["input_ids"] for text in DOCUMENTS]
+
+
+@pytest.fixture(scope="module")
+def model_directory(tokenizer, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("model")
+    opt().save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def write(kind, path, ids):
+    """Writes the documents as a file of a kind; returns what to give as tokens."""
+    import datasets
+    import pyarrow
+    import pyarrow.parquet
+
+    if kind == "jsonl text":
+        path = path / "x.jsonl"
+        path.write_text("\n".join(json.dumps({"text": text, "other": 1}) for text in DOCUMENTS) + "\n\n")
+    elif kind == "jsonl ids":
+        path = path / "x.jsonl"
+        path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids))
+    elif kind in ("parquet text", "parquet ids"):
+        path = path / "x.parquet"
+        column = {"text": DOCUMENTS} if kind == "parquet text" else {"token_ids": ids}
+        pyarrow.parquet.write_table(pyarrow.table(column), path, row_group_size=2)
+    elif kind in ("data set", "saved data set"):
+        padded = [row + [9] * (80 - len(row)) for row in ids]
+        mask = [[1] * len(row) + [0] * (80 - len(row)) for row in ids]
+        loaded = datasets.Dataset.from_dict({"input_ids": padded, "attention_mask": mask})
+        if kind == "data set":
+            return loaded
+        loaded.save_to_disk(str(path / "set"))
+        return path / "set"
+    elif kind == "list of texts":
+        return DOCUMENTS
+    elif kind == "list of lists":
+        return ids
+    elif kind == "list of arrays":
+        return [np.array(row, np.int16) for row in ids]
+    return path
+
+
+KINDS = ["jsonl text", "jsonl ids", "parquet text", "parquet ids", "data set", "saved data set", "list of texts"]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "list of lists", "list of arrays"])
+def test_every_source_gives_the_same_sequences(kind, tokenizer, ids, tmp_path):
+    source = write(kind, tmp_path, ids)
+    before = sorted(tmp_path.rglob("*"))
+    found = read_tokens(source, tmp_path, load_tokenizer=lambda: tokenizer, context_size=20)
+    assert sorted(tmp_path.rglob("*")) == before  # the spool has no name
+    expected = [(d, at, row[at : at + 20]) for d, row in enumerate(ids) for at in range(0, len(row), 20)]
+    batch = found.batch(0, found.n_sequences)
+    assert found.n_sequences == len(expected)
+    for i, (document, position, sequence) in enumerate(expected):
+        assert batch.ids[i, : len(sequence)].tolist() == sequence and not batch.ids[i, len(sequence) :].any()
+        assert batch.attention[i].tolist() == [j < len(sequence) for j in range(20)]
+        assert (found.document[i], found.first_position[i]) == (document, position)
+    assert batch.document.tolist() == [d for d, _, row in expected for _ in row]
+    assert batch.position.tolist() == [at + j for _, at, row in expected for j in range(len(row))]
+
+
+def test_a_text_file_and_the_models_own_tokenizer(model_directory, tokenizer, tmp_path):
+    path = tmp_path / "x.txt"
+    path.write_text("\n".join(DOCUMENTS))
+    d = dump(model_directory, path, tmp_path / "out", names_filter="blocks.1.mlp.hook_post", allow_dense=True)
+    expected = tokenizer("\n".join(DOCUMENTS))["input_ids"]
+    assert d.token_ids[:].tolist() == expected
+    assert d.positions[:].tolist() == [[0, i] for i in range(len(expected))]
+    # The model takes 64 positions: longer text is cut into sequences of as many.
+    batches = [{"input_ids": torch.tensor([expected[i : i + 64]])} for i in range(0, len(expected), 64)]
+    path = "model.decoder.layers.1.fc2"
+    assert torch.allclose(d["blocks.1.mlp.hook_post"][:].to_dense(), hooked(opt(), [path], batches)[path], atol=1e-6)
+    assert d.plan["model"]["name"] == str(model_directory) and d.plan["model"]["class"] == "OPTForCausalLM"
+    assert d.plan["model"]["config"]["ffn_dim"] == 40
+
+
+def test_long_text_files_are_read_in_pieces(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "TEXT_PIECE_CHARS", 100)
+    (tmp_path / "x.txt").write_text("\n".join(DOCUMENTS))
+    found = read_tokens(tmp_path / "x.txt", tmp_path, load_tokenizer=lambda: tokenizer)
+    pieces, text = [], "\n".join(DOCUMENTS)
+    while text:
+        end = text.find("\n", 100) + 1
+        pieces.append(text[: end or None])
+        text = text[end:] if end else ""
+    assert len(pieces) > 1 and [tokenizer(p)["input_ids"] for p in pieces] == [
+        found.batch(i, i + 1).ids[0].tolist() for i in range(found.n_sequences)
+    ]
+
+
+@pytest.mark.parametrize("make", [torch.Tensor.numpy, torch.Tensor.int, lambda t: t.t().contiguous().t()])
+def test_arrays(make, tmp_path):
+    d = dump(TinyModel(), make(tokens(12)), tmp_path, names_filter=HOOKS)
+    assert torch.equal(d.token_ids[:], tokens(12).reshape(-1))
+
+
+@pytest.mark.parametrize("how", ["array", "npy", "memmap"])
+def test_a_stream_is_cut_and_not_read_into_memory(how, tmp_path):
+    stream = tokens(12).reshape(-1)[:-3].numpy().astype(np.uint16)
+    np.save(tmp_path / "x.npy", stream)
+    source = {"array": stream, "npy": tmp_path / "x.npy", "memmap": np.load(tmp_path / "x.npy", mmap_mode="r")}[how]
+    if how == "memmap":
+        found = read_tokens(source, tmp_path, load_tokenizer=pytest.fail, context_size=CONTEXT)
+        assert np.shares_memory(found.ids, source)
+    with pytest.raises(ValueError, match="context_size="):
+        dump(TinyModel(), source, tmp_path / "out", names_filter=HOOKS)
+    d = dump(TinyModel(), source, tmp_path / "out", names_filter=HOOKS, context_size=CONTEXT, batch_size=1)
+    batches = [(part[None],) for part in torch.tensor(stream.astype(int)).split(CONTEXT)]
+    expected = hooked(TinyModel(), HOOKS[:1], batches)
+    assert torch.equal(d[HOOKS[0]][:].to_dense(), expected[HOOKS[0]])
+    assert d.positions[:].tolist() == [[0, i] for i in range(len(stream))]
+
+
+class TestMasks:
+    def test_array_and_function_agree(self, tmp_path):
+        ids = tokens(50)
+        by_array = dump(TinyModel(), ids, tmp_path / "a", names_filter=HOOKS, token_mask=ids > 20, shard_tokens=100)
+        by_function = dump(
+            TinyModel(), ids, tmp_path / "b", names_filter=HOOKS, token_mask=lambda x: x > 20, shard_tokens=100
+        )
+        keep = (ids > 20).reshape(-1)
+        assert torch.equal(by_array.token_ids[:], ids.reshape(-1)[keep])
+        assert torch.equal(by_function.token_ids[:], ids.reshape(-1)[keep])
+        expected = hooked(TinyModel(), HOOKS[:1], [(batch,) for batch in ids.split(8)])[HOOKS[0]][keep]
+        assert torch.equal(by_array[HOOKS[0]][:].to_dense(), expected)
+        assert torch.equal(by_function[HOOKS[0]][:].to_dense(), expected)
+
+    def test_batches_without_any_token(self, tmp_path):
+        ids, mask = tokens(80), torch.zeros(80, CONTEXT, dtype=torch.bool)
+        mask[20:24, 3] = mask[60, 0] = True
+        model = TinyModel()
+        d = dump(model, ids, tmp_path, names_filter=HOOKS, token_mask=mask, shard_tokens=2)
+        assert d.n_tokens == 5 and d.positions[:].tolist() == [[20, 3], [21, 3], [22, 3], [23, 3], [60, 0]]
+        assert model.forwards == 2
+        d.verify()
+
+    @pytest.mark.parametrize(
+        ("mask", "message"),
+        [
+            (torch.ones(4, CONTEXT - 1), "shaped like tokens"),
+            (torch.ones(5, CONTEXT), "shaped like tokens"),
+            (torch.zeros(4, CONTEXT), "no token to capture"),
+            (lambda ids: ids[:-1] > 0, "one bool per token"),
+        ],
+    )
+    def test_bad_masks(self, mask, message, tmp_path):
+        with pytest.raises(ValueError, match=message):
+            dump(TinyModel(), tokens(4), tmp_path / "out", names_filter=HOOKS, token_mask=mask)
+        assert not (tmp_path / "out").exists()
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("source", "error", "message"),
+        [
+            (torch.rand(3, 4), TypeError, "integers.*float32"),
+            (torch.zeros(2, 3, 4, dtype=torch.int64), ValueError, r"\(2, 3, 4\)"),
+            (torch.zeros(0, 4, dtype=torch.int64), ValueError, "empty"),
+            ([], ValueError, "empty"),
+            ([[], []], ValueError, "empty"),
+            ([[1, 2], [0.5]], ValueError, "document 1"),
+            ([[1, 2], [[3]]], ValueError, "document 1"),
+            ([[1, -2]], ValueError, "-2"),
+            ([[1, 1 << 40]], ValueError, "1099511627776"),
+            (["some text"], ValueError, "tokenizer"),
+            (7, TypeError, "int"),
+            ("nowhere.jsonl", ValueError, "nowhere"),
+        ],
+    )
+    def test_tokens(self, source, error, message, tmp_path):
+        with pytest.raises(error, match=message):
+            dump(TinyModel(), source, tmp_path / "out", names_filter=HOOKS)
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            ("x.txt", "", "x.txt is empty"),
+            ("x.jsonl", "\n", "is empty"),
+            ("x.jsonl", '{"text": "w1"}\n{"text": ', "line 2 .* no JSON"),
+            ("x.jsonl", "[1]", "no JSON object"),
+            ("x.jsonl", '{"body": "w1"}', "fields body; one of .*text"),
+            ("x.csv", "1,2", "unknown kind"),
+        ],
+    )
+    def test_files(self, name, content, message, tokenizer, tmp_path):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=message):
+            dump(opt(), tmp_path / name, tmp_path / "out", tokenizer=tokenizer)
+        assert not (tmp_path / "out").exists()
+
+    def test_a_directory_of_splits(self, tmp_path):
+        import datasets
+
+        split = datasets.Dataset.from_dict({"input_ids": [[1]]})
+        datasets.DatasetDict({"train": split}).save_to_disk(str(tmp_path / "s"))
+        with pytest.raises(ValueError, match="splits train"):
+            dump(opt(), tmp_path / "s", tmp_path / "out")
+
+    def test_token_ids_beyond_the_vocabulary(self, tmp_path):
+        with pytest.raises(ValueError, match="token id 50 is beyond the model's vocabulary of 50"):
+            dump(opt(), [[1, 50]], tmp_path / "out")
+
+    def test_padding_for_a_model_without_attention_mask(self, tmp_path):
+        with pytest.raises(ValueError, match="batch_size=1"):
+            dump(TinyModel(), [[1, 2, 3], [4]], tmp_path / "out", names_filter=HOOKS)
+        assert dump(TinyModel(), [[1, 2, 3], [4]], tmp_path / "out", names_filter=HOOKS, batch_size=1).n_tokens == 4
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"codec": "gzip"}, "none, zstd"),
+            ({"batch_size": 0}, "batch_size"),
+            ({"shard_tokens": 0}, "shard_tokens"),
+            ({"context_size": 0}, "context_size"),
+            ({"names_filter": "layers.0.downn"}, "layers.0.down"),
+        ],
+    )
+    def test_arguments(self, arguments, message, tmp_path):
+        with pytest.raises(ValueError, match=message):
+            dump(TinyModel(), tokens(4), tmp_path / "out", **{"names_filter": HOOKS} | arguments)
+        assert not (tmp_path / "out").exists()
+
+    def test_a_model_that_is_none(self, tmp_path):
+        with pytest.raises(TypeError, match="nn.Module"):
+            dump(3, tokens(4), tmp_path / "out")
+
+    def test_a_decoder_with_tokens_of_its_own(self, tmp_path):
+        from tiny_models import t5
+
+        with pytest.raises(ValueError, match=r"decoder_blocks.*one stream"):
+            dump(t5(), [[1, 2]], tmp_path / "out")
+        d = dump(t5(), [[1, 2]], tmp_path / "out", names_filter=lambda name: name == "encoder_blocks.0.mlp.hook_post")
+        assert d.n_tokens == 2

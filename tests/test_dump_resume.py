@@ -1,0 +1,292 @@
+"""Dumps that are killed, interrupted, raced or run out of disk: nothing committed is lost, and resuming gives the bytes
+of an undisturbed dump."""
+
+import errno
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import dump_models
+import pytest
+import torch
+from dump_models import ARGUMENTS, CONTEXT, HOOKS, N_SEQUENCES, TinyModel, committed_bytes, hooked, one_thread, tokens  # noqa: F401
+
+from pyfacts.capture import DENSE_ABOVE
+from pyfacts.dump import DumpError, DumpInterrupted, open_dump
+from pyfacts.dump.run import dump
+from pyfacts.select import topk
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    root = tmp_path_factory.mktemp("undisturbed") / "out"
+    dump(TinyModel(), tokens(N_SEQUENCES), root, **ARGUMENTS)
+    return committed_bytes(root)
+
+
+def resume(out, **changes):
+    return dump(TinyModel(), tokens(N_SEQUENCES), out, **ARGUMENTS | changes)
+
+
+def raise_at(tokens_done, error):
+    def progress(now):
+        if now.tokens_done >= tokens_done:
+            raise error
+
+    return progress
+
+
+def names(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir())
+
+
+@pytest.mark.parametrize("point", dump_models.KILL_POINTS)
+def test_kill_9_then_resume_gives_the_same_bytes(point, undisturbed, tmp_path):
+    out = tmp_path / "out"
+    killed = subprocess.run([sys.executable, dump_models.__file__, str(out), point], capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    if (out / "dump.json").exists():
+        before = open_dump(out)
+        assert not before.complete
+        before.verify()
+    d = resume(out)
+    assert d.complete
+    assert committed_bytes(out) == undisturbed  # and nothing of the killed attempt is left
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_signals_leave_a_resumable_dump(signum, undisturbed, tmp_path):
+    before = signal.getsignal(signum)
+
+    def progress(now):
+        if now.tokens_done >= 7000:
+            os.kill(os.getpid(), signum)
+
+    with pytest.raises(DumpInterrupted, match=f"{signum.name} .* 1 of 4 shards") as caught:
+        resume(tmp_path, progress=progress)
+    assert caught.value.signum == signum and signal.getsignal(signum) is before
+    assert len(names(tmp_path)) == 3  # the plan, one record, its directory
+    assert open_dump(tmp_path).n_tokens_committed == 5120
+    seen = []
+    resume(tmp_path, progress=seen.append)
+    assert seen[0].tokens_resumed == 5120 and seen[-1].tokens_done == seen[-1].tokens_total == N_SEQUENCES * CONTEXT
+    assert committed_bytes(tmp_path) == undisturbed
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+def test_any_exception_leaves_a_resumable_dump(error, undisturbed, tmp_path):
+    with pytest.raises(error):
+        resume(tmp_path, progress=raise_at(7000, error))
+    assert len(names(tmp_path)) == 3
+    model = TinyModel()
+    dump(model, tokens(N_SEQUENCES), tmp_path, **ARGUMENTS)
+    assert model.forwards == (N_SEQUENCES * CONTEXT - 5120) / 128  # the committed shard was not computed again
+    assert committed_bytes(tmp_path) == undisturbed
+
+
+def test_a_finished_dump_is_not_computed_again(tmp_path):
+    model = TinyModel()
+    dump(model, tokens(100), tmp_path, **ARGUMENTS)
+    before, forwards = committed_bytes(tmp_path), model.forwards
+    assert dump(model, tokens(100), tmp_path, **ARGUMENTS).complete
+    assert model.forwards == forwards and committed_bytes(tmp_path) == before
+
+
+class TestDisk:
+    def test_a_full_disk_is_one_clear_error(self, undisturbed, tmp_path):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+        def progress(now):
+            if now.shards_done == 1:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+
+        try:
+            with pytest.raises(DumpError, match="disk is full.*resumes"):
+                resume(tmp_path, progress=progress)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert len(names(tmp_path)) == 3
+        open_dump(tmp_path).verify()
+        resume(tmp_path)
+        assert committed_bytes(tmp_path) == undisturbed
+
+    @pytest.mark.parametrize("call", [1, 2, 3, 4, 8, 9, 10])
+    def test_an_fsync_error_abandons_the_attempt(self, call, undisturbed, tmp_path, monkeypatch):
+        real, calls = os.fsync, []
+
+        def fsync(fd):
+            calls.append(fd)
+            if len(calls) == call:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            real(fd)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        with pytest.raises(DumpError, match="Input/output error"):
+            resume(tmp_path)
+        monkeypatch.setattr(os, "fsync", real)
+        if (tmp_path / "dump.json").exists():
+            open_dump(tmp_path).verify()
+        resume(tmp_path)
+        assert committed_bytes(tmp_path) == undisturbed
+
+    def test_without_hard_links(self, undisturbed, tmp_path, monkeypatch):
+        def link(*_):
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+        monkeypatch.setattr(os, "link", link)
+        with pytest.raises(KeyboardInterrupt):
+            resume(tmp_path, progress=raise_at(7000, KeyboardInterrupt))
+        resume(tmp_path)
+        assert committed_bytes(tmp_path) == undisturbed
+
+    def test_out_is_a_file(self, tmp_path):
+        (tmp_path / "out").write_text("not a directory")
+        with pytest.raises(DumpError, match="out"):
+            resume(tmp_path / "out")
+
+
+class TestWorkers:
+    def test_a_shard_that_another_worker_commits_meanwhile(self, undisturbed, tmp_path):
+        """The other worker finishes everything while this one is in its second shard."""
+        helped = []
+
+        def progress(now):
+            if now.tokens_done >= 7000 and not helped:
+                helped.append(True)
+                resume(tmp_path)
+
+        resume(tmp_path, progress=progress)
+        assert helped and committed_bytes(tmp_path) == undisturbed
+
+    @pytest.mark.parametrize("rank", [0, 1, 2])
+    def test_a_rank_begins_with_its_own_shards_and_helps(self, rank, undisturbed, tmp_path):
+        seen = []
+
+        def progress(now):
+            records = {path.name[:5] for path in tmp_path.glob("0*.json")}
+            seen.extend(sorted(records - set(seen)))
+
+        resume(tmp_path, rank=rank, world_size=3, progress=progress)
+        assert int(seen[0]) == rank and committed_bytes(tmp_path) == undisturbed
+
+    def test_ranks_from_the_environment(self, tmp_path, monkeypatch):
+        from pyfacts.dump.run import _worker
+
+        assert _worker(None, None) == (0, 1)
+        monkeypatch.setenv("SLURM_PROCID", "3")
+        monkeypatch.setenv("SLURM_NTASKS", "4")
+        assert _worker(None, None) == (3, 4)
+        array = {"ID": "7", "MIN": "5", "STEP": "2", "COUNT": "3"}
+        for name, value in array.items():
+            monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
+        assert _worker(None, None) == (1, 3)
+        monkeypatch.setenv("RANK", "1")
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert _worker(None, None) == (1, 2)
+        for rank, world_size in ((2, 2), (-1, 2), (0, None), (None, 2)):
+            with pytest.raises(ValueError, match="world_size"):
+                resume(tmp_path / "out", rank=rank, world_size=world_size)
+
+
+class TestAnotherDumpInTheDirectory:
+    @pytest.mark.parametrize(
+        ("changes", "field"),
+        [
+            ({"codec": "none"}, "codec"),
+            ({"batch_size": 4}, "batch_size"),
+            ({"shard_tokens": 4999}, "shard"),
+            ({"names_filter": HOOKS[:1]}, "hooks"),
+            ({"select": topk(3)}, "select"),
+            ({"token_mask": torch.arange(CONTEXT).expand(N_SEQUENCES, CONTEXT) > 0}, "tokens"),
+        ],
+    )
+    def test_arguments(self, changes, field, tmp_path):
+        with pytest.raises(KeyboardInterrupt):
+            resume(tmp_path, progress=raise_at(1, KeyboardInterrupt))
+        with pytest.raises(DumpError, match=rf"another dump: {field}\S* is .* there and .* here; .*resume"):
+            resume(tmp_path, **changes)
+
+    def test_tokens_weights_and_dtype(self, tmp_path):
+        with pytest.raises(KeyboardInterrupt):
+            resume(tmp_path, progress=raise_at(1, KeyboardInterrupt))
+        changed = TinyModel()
+        with torch.no_grad():
+            changed.layers[1].up.bias[3] += 1
+        ids = tokens(N_SEQUENCES)
+        for model, other, field in [
+            (TinyModel(), tokens(N_SEQUENCES, seed=1), r"tokens\.xxh3"),
+            (changed, ids, r"model\.weights_xxh3"),
+            (TinyModel(dtype=torch.float32), ids, r"model\."),
+        ]:
+            with pytest.raises(DumpError, match=f"another dump: {field}"):
+                dump(model, other, tmp_path, **ARGUMENTS)
+
+    def test_a_wrapped_model_is_the_same_model(self, undisturbed, tmp_path):
+        with pytest.raises(KeyboardInterrupt):
+            resume(tmp_path, progress=raise_at(6000, KeyboardInterrupt))
+        dump(torch.nn.DataParallel(TinyModel()), tokens(N_SEQUENCES), tmp_path, **ARGUMENTS)
+        assert committed_bytes(tmp_path) == undisturbed
+
+    def test_a_record_of_another_dump_is_refused(self, tmp_path):
+        dump(TinyModel(), tokens(20), tmp_path / "a", names_filter=HOOKS)
+        dump(TinyModel(), tokens(20, seed=1), tmp_path / "b", names_filter=HOOKS)
+        (tmp_path / "a/dump.json").write_bytes((tmp_path / "b/dump.json").read_bytes())
+        with pytest.raises(DumpError, match=r"00000\.json: belongs to another plan"):
+            open_dump(tmp_path / "a")
+
+
+class TestUnfinished:
+    def test_committed_shards_read_and_the_rest_is_named(self, tmp_path):
+        with pytest.raises(KeyboardInterrupt):
+            resume(tmp_path, rank=1, world_size=2, progress=raise_at(5120 + 1, KeyboardInterrupt))
+        d = open_dump(tmp_path)
+        assert not d.complete and d.n_tokens == N_SEQUENCES * CONTEXT and d.n_tokens_committed == 5120
+        assert "1 of 4" in repr(d)
+        expected = hooked(TinyModel(), HOOKS[:1], [(ids,) for ids in tokens(N_SEQUENCES).split(8)])[HOOKS[0]]
+        assert torch.equal(d[HOOKS[0]][5120:10240].to_dense(), expected[5120:10240])
+        for bad in (slice(5119, 5121), slice(0, 1), slice(10239, 10241)):
+            with pytest.raises(DumpError, match=r"tokens \d+:\d+ .*not committed.*resume"):
+                d[HOOKS[0]][bad]
+        found, _ = d[HOOKS[0]].neuron(9)
+        assert torch.equal(found, 5120 + expected[5120:10240, 9].nonzero()[:, 0])
+        assert all(5120 <= c.start for c in d.contexts(HOOKS[0], 9, 5))
+        assert sum(len(b[HOOKS[0]]) for b in d.batches(HOOKS, 999, 0)) == 5120
+
+
+class TestDense:
+    def model(self):
+        model = TinyModel()
+        with torch.no_grad():
+            for layer in model.layers:
+                layer.up.bias.add_(100)
+        return model
+
+    def test_a_dense_model_is_refused_with_the_remedy_and_leaves_nothing(self, tmp_path):
+        out = tmp_path / "out"
+        with pytest.raises(ValueError, match=r"\d+% dense \(layers\.\d\.down: \d+%\).*GB.*topk.*allow_dense"):
+            dump(self.model(), tokens(50), out, names_filter=HOOKS)
+        assert not out.exists()
+
+    def test_unless_it_is_allowed_or_selected(self, tmp_path):
+        d = dump(self.model(), tokens(50), tmp_path / "dense", names_filter=HOOKS, allow_dense=True)
+        assert d[HOOKS[0]].density > DENSE_ABOVE
+        assert dump(self.model(), tokens(50), tmp_path / "dense", names_filter=HOOKS).complete  # decided already
+        dump(self.model(), tokens(50), tmp_path / "selected", names_filter=HOOKS, select=topk(4))
+
+
+def test_memory_does_not_grow_with_tokens(tmp_path):
+    """Eight shards of many MB each in packed form, and what is resident grows by less than one and a half of them."""
+    model, resident = TinyModel(width=4096), []
+
+    def progress(now):
+        with open("/proc/self/statm") as file:
+            resident.append((now.shards_done, int(file.read().split()[1]) * resource.getpagesize()))
+
+    d = dump(model, tokens(8 * 256), tmp_path, names_filter=HOOKS, codec="none", shard_tokens=4096, progress=progress)
+    shard = d.n_bytes / d.n_shards
+    assert d.n_shards == 8 and shard > 10e6
+    peaks = [max(size for done, size in resident if done == shards) for shards in range(8)]
+    assert peaks[-1] - peaks[2] < 1.5 * shard

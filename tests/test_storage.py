@@ -1,0 +1,152 @@
+"""The storage library on plain buffers, against NumPy; hostile planes are refused without reading out of bounds."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pyfacts
+from pyfacts import _storage
+from pyfacts.dump.run import _encoding
+from pyfacts.dump.shard_writer import column_lengths
+from pyfacts.dump.statistics import new_statistics
+
+BITS = {torch.float32: np.uint32, torch.bfloat16: np.uint16, torch.float16: np.uint16}
+
+
+@st.composite
+def matrices(draw):
+    """Any bits but -0.0, at any density: [n_tokens, n_features] tensors."""
+    dtype = draw(st.sampled_from(list(BITS)))
+    n_tokens = draw(st.sampled_from([1, 7, 8, 9, 127, 129]))
+    n_features = draw(st.sampled_from([1, 8, 9, 255, 256, 300]))
+    rng = np.random.default_rng(draw(st.integers(0, 1 << 32)))
+    bits = rng.integers(0, 1 << (8 * BITS[dtype]().itemsize), (n_tokens, n_features), BITS[dtype])
+    bits[rng.random((n_tokens, n_features)) > draw(st.sampled_from([0.0, 0.02, 0.12, 0.13, 0.5, 1.0]))] = 0
+    bits[bits == 1 << (8 * bits.itemsize - 1)] = 0
+    return dtype, bits
+
+
+def encode(dtype, bits):
+    return pyfacts.encode(torch.from_numpy(bits.view(np.int16 if bits.itemsize == 2 else np.int32)).view(dtype))
+
+
+@settings(deadline=None, max_examples=60)
+@given(matrices(), st.randoms(use_true_random=False))
+def test_blocks_rows_slices_and_neurons(matrix, random):
+    dtype, bits = matrix
+    n_tokens, n_features = bits.shape
+    encoding = _encoding(encode(dtype, bits))
+    encoding.check(False)
+    occupancy, counts, n_occupied = _storage.split_counts(encoding)
+    segments = np.stack([(bits[:, c : c + 256] != 0).sum(1) for c in range(0, n_features, 256)])
+    assert np.array_equal(np.unpackbits(occupancy, axis=1, bitorder="little")[:, :n_tokens], segments > 0)
+    assert np.array_equal(counts, np.minimum(segments[segments > 0], 255))
+
+    planes = (occupancy, counts, encoding.index, encoding.values, column_lengths(encoding, n_occupied))
+    joined = _storage.join_block(*planes, n_tokens, n_features, encoding.dtype, False)
+    assert np.array_equal(joined.counts, encoding.counts) and np.array_equal(joined.tile_ptr, encoding.tile_ptr)
+
+    rows = np.array([random.randrange(n_tokens) for _ in range(20)])
+    out = np.full((20, n_features), 0xAB, bits.dtype)
+    joined.gather_rows(rows, out)
+    assert np.array_equal(out, bits[rows])
+
+    j = random.randrange(n_features)
+    tokens, values = joined.neuron(j)
+    assert np.array_equal(tokens, bits[:, j].nonzero()[0]) and np.array_equal(values.view(bits.dtype), bits[tokens, j])
+
+    cut = random.randrange(n_tokens + 1)
+    again = _storage.cat([joined.slice(0, cut), joined.slice(cut, n_tokens)])
+    out = np.full(bits.shape, 0xAB, bits.dtype)
+    again.decode(out, False)
+    assert np.array_equal(out, bits) and again.nnz == np.count_nonzero(bits)
+
+
+@pytest.mark.parametrize("dtype", list(BITS))
+def test_feature_stats(dtype):
+    x = torch.randn(500, 300, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[torch.rand(x.shape, generator=torch.Generator().manual_seed(1)) > 0.3] = 0
+    x[3, 5], x[4, 6], x[5, 7], x[6, 8] = torch.nan, torch.inf, -torch.inf, torch.finfo(dtype).smallest_normal / 4
+    x[:, 9], x[:, 10] = 0, 0
+    x[7, 10] = torch.nan
+    nnz, total, total_sq, maximum = stats = new_statistics(300)
+    encoding = _encoding(pyfacts.encode(x))
+    encoding.slice(0, 200).add_feature_stats(*stats)
+    encoding.slice(200, 500).add_feature_stats(*stats)
+    wide = x.double().numpy()
+    assert np.array_equal(nnz, (wide != 0).sum(0))
+    assert np.allclose(total, wide.sum(0), rtol=1e-12, atol=1e-12, equal_nan=True)
+    assert np.allclose(total_sq, (wide**2).sum(0), rtol=1e-12, atol=1e-12, equal_nan=True)
+    assert np.array_equal(maximum, np.where((wide != 0) & ~np.isnan(wide), wide, -np.inf).max(0))
+    assert maximum[9] == maximum[10] == -np.inf
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_every_half_precision_value_converts(dtype):
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    keep = (bits & 0x7FFF) != 0
+    features = np.zeros((256, 256), np.uint16)
+    features.reshape(-1)[keep] = bits[keep]
+    for row in features.reshape(256, 1, 256):
+        x = torch.from_numpy(row.view(np.int16)).view(getattr(torch, dtype))
+        nnz, total, _, _ = stats = new_statistics(256)
+        _encoding(pyfacts.encode(x)).add_feature_stats(*stats)
+        assert np.array_equal(total, x[0].double().numpy(), equal_nan=True)
+        assert np.array_equal(nnz, (row[0] & 0x7FFF) != 0)
+
+
+def test_wrong_arguments_are_errors():
+    encoding = _encoding(pyfacts.encode(torch.eye(10)))
+    planes = encoding.counts, encoding.index, encoding.values, encoding.tile_ptr
+    for rows in ([10], [-1]):
+        with pytest.raises(_storage.Fault, match="out of range"):
+            encoding.gather_rows(np.array(rows), np.empty((1, 10), np.uint32))
+    for call in (
+        lambda: encoding.gather_rows(np.array([0]), np.empty((2, 10), np.uint32)),
+        lambda: encoding.decode(np.empty((9, 10), np.uint32), False),
+        lambda: encoding.add_feature_stats(*new_statistics(9)),
+        lambda: _storage.Encoding(*planes, 10, "int8"),
+        lambda: _storage.Encoding(*planes[:3], encoding.tile_ptr[:0], 10, "float32"),
+        lambda: _storage.Encoding(*planes[:2], encoding.values.view(np.uint8)[1:-3], encoding.tile_ptr, 10, "float32"),
+        lambda: _storage.cat([]),
+        lambda: _storage.cat([encoding, _encoding(pyfacts.encode(torch.eye(11)))]),
+    ):
+        with pytest.raises(ValueError):
+            call()
+    for call in (lambda: encoding.neuron(10), lambda: encoding.neuron(-1), lambda: encoding.slice(3, 2)):
+        with pytest.raises(IndexError):
+            call()
+    read_only = np.empty((10, 10), np.uint32)
+    read_only.setflags(write=False)
+    with pytest.raises((ValueError, BufferError)):
+        encoding.decode(read_only, False)
+
+
+@settings(deadline=None, max_examples=150)
+@given(matrices(), st.integers(0, 3), st.integers(0, 1 << 30), st.integers(0, 255))
+def test_damaged_planes_are_refused_or_an_encoding(matrix, plane, where, byte):
+    """Encodings whose planes do not fit each other: every reader reports a fault or reads in bounds."""
+    dtype, bits = matrix
+    good = _encoding(encode(dtype, bits))
+    planes = [np.array(p) for p in (good.counts, good.index, good.values, good.tile_ptr)]
+    flat = planes[plane].reshape(-1).view(np.uint8)
+    if flat.size:
+        flat[where % flat.size] = byte
+    bad = _storage.Encoding(*planes, bits.shape[1], good.dtype)
+    calls = [
+        lambda: bad.check(False),
+        lambda: bad.decode(np.empty(bits.shape, bits.dtype), False),
+        lambda: bad.gather_rows(np.arange(len(bits)), np.empty(bits.shape, bits.dtype)),
+        lambda: bad.neuron(bits.shape[1] - 1),
+        lambda: bad.add_feature_stats(*new_statistics(bits.shape[1])),
+        lambda: bad.slice(1, len(bits)),
+        lambda: _storage.cat([bad, bad]),
+    ]
+    for call in calls:
+        try:
+            call()
+        except _storage.Fault as fault:
+            what, name, column, token = fault.args
+            assert isinstance(what, str) and name in ("", "counts", "index", "values") and column >= -1 and token >= -1
