@@ -1,0 +1,80 @@
+// What one block does with one run: a tile of 128 tokens of one column. Thread t keeps the books of token t; warp w
+// packs or unpacks the tokens 32 w ... 32 w + 31, one segment after another.
+#pragma once
+
+#include "segment.cuh"
+
+namespace pyfacts::cuda {
+
+constexpr int kRunThreads = kTileTokens;
+constexpr int kRunWarps = kRunThreads / kWarpLanes;
+
+// Bytes of index and number of values: of one run, or of all before it. An entry of tile_ptr.
+struct Sizes {
+  int64_t index;
+  int64_t values;
+};
+
+// A dense matrix [n_tokens, n_features] with unit feature stride. T is uint32_t or uint16_t: the bits of an element.
+template <typename T>
+struct Matrix {
+  T* data;
+  int64_t row_stride;  // elements
+  int64_t n_tokens;
+  int64_t n_features;
+};
+
+// The run of block `block`, for a grid of n_columns * n_tiles. Blocks in flight together read whole rows.
+struct Run {
+  int64_t column;
+  int64_t first_token;
+  int64_t number;  // in the planes' order: column by column
+  int width;
+  int n_tokens;  // <= 128
+
+  __device__ __forceinline__ Run(int64_t block, int64_t total_tokens, int64_t n_features) {
+    const int64_t columns = n_columns(n_features);
+    const int64_t tile = block / columns;
+    column = block % columns;
+    first_token = tile * kTileTokens;
+    number = column * n_tiles(total_tokens) + tile;
+    width = static_cast<int>(column_width(n_features, column));
+    n_tokens = static_cast<int>(total_tokens - first_token < kTileTokens ? total_tokens - first_token : kTileTokens);
+  }
+};
+
+// The memory that a block's threads share.
+struct Shared {
+  uint32_t warp_totals[kRunWarps];
+};
+
+// The sum of `value` over the threads before this one; *total gets the sum over the block. All threads take part.
+__device__ __forceinline__ uint32_t exclusive_sum(uint32_t value, int thread, Shared& shared, uint32_t* total) {
+  const int lane = thread % kWarpLanes;
+  uint32_t sum = value;
+#pragma unroll
+  for (int step = 1; step < kWarpLanes; step *= 2) {
+    const uint32_t below = __shfl_up_sync(kAllLanes, sum, step);
+    if (lane >= step) sum += below;
+  }
+  __syncthreads();  // the readers of an earlier sum are done
+  if (lane == kWarpLanes - 1) shared.warp_totals[thread / kWarpLanes] = sum;
+  __syncthreads();
+  uint32_t before = 0;
+  *total = 0;
+#pragma unroll
+  for (int warp = 0; warp < kRunWarps; ++warp) {
+    if (warp < thread / kWarpLanes) before += shared.warp_totals[warp];
+    *total += shared.warp_totals[warp];
+  }
+  return before + sum - value;
+}
+
+// A segment's sizes in one word, so that one sum serves both: a run has at most 2^12 bytes of index and 2^15 values.
+__device__ __forceinline__ uint32_t pack_sizes(int64_t index, int64_t values) {
+  return static_cast<uint32_t>(index << 16 | values);
+}
+__device__ __forceinline__ int64_t packed_index(uint32_t sizes) { return sizes >> 16; }
+__device__ __forceinline__ int64_t packed_values(uint32_t sizes) { return sizes & 0xffff; }
+
+}  // namespace pyfacts::cuda

@@ -1,0 +1,212 @@
+// Runs CUDA device functions on the host, lane by lane, as far as encode and decode need it.
+//
+// Every thread of a block is a fiber with a stack of its own. A fiber runs alone until it reaches a collective, where it
+// posts its value and waits; once all lanes of its warp (or threads of its block) wait at that very call site, they go
+// on. The order in which warps and lanes run is shuffled from a seed, and shared memory is poisoned before every block.
+// Threads that diverge around a collective, or that race through shared memory in an order that matters, are so found.
+// Of memory ordering within the hardware it says nothing.
+#pragma once
+
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <source_location>
+#include <vector>
+
+#define __device__
+#define __forceinline__ inline
+
+namespace emulation {
+
+constexpr int kLanes = 32;
+constexpr size_t kStackBytes = 64 * 1024;
+
+[[noreturn]] inline void fail(const char* what, int line_a, int line_b) {
+  std::fprintf(stderr, "emulation: %s (lines %d and %d)\n", what, line_a, line_b);
+  std::abort();
+}
+
+// What a thread waits for: a place in the code, and what it brought.
+struct Collective {
+  enum Kind { none, ballot, shuffle, shuffle_up, reduce_or, barrier } kind = none;
+  const char* file = "";
+  int line = 0;
+  uint32_t value = 0;
+  int argument = 0;
+};
+
+class Block {
+ public:
+  Block(int n_threads, uint32_t seed) : random_(seed), threads_(n_threads) {
+    for (Thread& thread : threads_) thread.stack = std::make_unique<char[]>(kStackBytes);
+  }
+
+  // Runs body(thread) in every thread of a block to its end.
+  void run(std::function<void(int thread)> body) {
+    body_ = std::move(body);
+    current_ = this;
+    for (Thread& thread : threads_) thread.started = thread.done = false, thread.at.kind = Collective::none;
+    std::vector<int> order(threads_.size());
+    std::iota(order.begin(), order.end(), 0);
+    while (std::any_of(threads_.begin(), threads_.end(), [](const Thread& t) { return !t.done; })) {
+      std::shuffle(order.begin(), order.end(), random_);
+      bool moved = false;
+      for (int thread : order) {
+        if (!threads_[thread].done && threads_[thread].at.kind == Collective::none) resume(thread), moved = true;
+      }
+      if (!moved && !release()) fail("deadlock: not all threads reached a collective", 0, 0);
+    }
+    current_ = nullptr;
+  }
+
+  // Called by a fiber: waits for the others, returns what they all posted.
+  static const std::vector<uint32_t>& wait(Collective at) {
+    Block& block = *current_;
+    const int self = block.running_;
+    block.threads_[self].at = at;
+    if (_setjmp(block.threads_[self].context) == 0) _longjmp(block.scheduler_, 1);
+    return at.kind == Collective::barrier ? block.block_values_ : block.threads_[self - lane()].values;
+  }
+  static int lane() { return current_->running_ % kLanes; }
+
+ private:
+  struct Thread {
+    std::unique_ptr<char[]> stack;
+    jmp_buf context;
+    bool started = false;
+    bool done = false;
+    Collective at;
+    std::vector<uint32_t> values;  // of a warp's lanes at their last collective; kept by lane 0
+  };
+
+  static void enter() {
+    Block& block = *current_;
+    const int self = block.running_;
+    block.body_(self);
+    block.threads_[self].done = true;
+    _longjmp(block.scheduler_, 1);
+  }
+
+  void resume(int thread) {
+    running_ = thread;
+    if (_setjmp(scheduler_) != 0) return;
+    if (threads_[thread].started) _longjmp(threads_[thread].context, 1);
+    threads_[thread].started = true;
+    ucontext_t context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = threads_[thread].stack.get();
+    context.uc_stack.ss_size = kStackBytes;
+    context.uc_link = nullptr;
+    makecontext(&context, enter, 0);
+    setcontext(&context);
+  }
+
+  // Whether the threads [begin, end) all wait at one call site. A finished thread among waiting ones is an error.
+  bool together(int begin, int end) const {
+    const Collective& first = threads_[begin].at;
+    for (int i = begin; i < end; ++i) {
+      const Collective& at = threads_[i].at;
+      if (threads_[i].done != threads_[begin].done) fail("a thread left before a collective", first.line, at.line);
+      if (at.kind != first.kind || at.line != first.line || std::strcmp(at.file, first.file) != 0) return false;
+    }
+    return first.kind != Collective::none;
+  }
+
+  bool release() {
+    const int n = static_cast<int>(threads_.size());
+    bool released = false;
+    for (int warp = 0; warp < n; warp += kLanes) {
+      if (threads_[warp].done || threads_[warp].at.kind == Collective::barrier) continue;
+      if (!together(warp, warp + kLanes)) fail("lanes of a warp diverge around a collective", threads_[warp].at.line, 0);
+      take(warp, warp + kLanes, &threads_[warp].values);
+      released = true;
+    }
+    if (!released && together(0, n)) {
+      take(0, n, &block_values_);
+      released = true;
+    }
+    return released;
+  }
+
+  void take(int begin, int end, std::vector<uint32_t>* values) {
+    values->clear();
+    for (int i = begin; i < end; ++i) {
+      values->push_back(threads_[i].at.value);
+      threads_[i].at.kind = Collective::none;
+    }
+  }
+
+  static inline Block* current_ = nullptr;
+  std::mt19937 random_;
+  std::vector<Thread> threads_;
+  std::vector<uint32_t> block_values_;
+  std::function<void(int)> body_;
+  jmp_buf scheduler_;
+  int running_ = 0;
+};
+
+inline const std::vector<uint32_t>& collective(Collective::Kind kind, uint32_t mask, uint32_t value,
+                                               std::source_location site) {
+  if (mask != 0xffffffff) fail("only whole warps are emulated", static_cast<int>(site.line()), 0);
+  return Block::wait({kind, site.file_name(), static_cast<int>(site.line()), value});
+}
+
+}  // namespace emulation
+
+// ---- The intrinsics ------------------------------------------------------------------------------------------------
+
+using emulation::Collective;
+using Site = std::source_location;
+
+inline int __popc(uint32_t x) { return std::popcount(x); }
+
+inline uint32_t __ballot_sync(uint32_t mask, int flag, Site site = Site::current()) {
+  uint32_t result = 0;
+  const auto& values = emulation::collective(Collective::ballot, mask, flag != 0, site);
+  for (int lane = 0; lane < emulation::kLanes; ++lane) result |= values[lane] << lane;
+  return result;
+}
+
+inline uint32_t __reduce_or_sync(uint32_t mask, uint32_t value, Site site = Site::current()) {
+  const auto& values = emulation::collective(Collective::reduce_or, mask, value, site);
+  return std::accumulate(values.begin(), values.end(), 0u, std::bit_or<>());
+}
+
+template <typename T>
+T __shfl_sync(uint32_t mask, T value, int source, Site site = Site::current()) {
+  const auto& values = emulation::collective(Collective::shuffle, mask, static_cast<uint32_t>(value), site);
+  return static_cast<T>(values[source % emulation::kLanes]);
+}
+
+template <typename T>
+T __shfl_up_sync(uint32_t mask, T value, unsigned delta, Site site = Site::current()) {
+  const auto& values = emulation::collective(Collective::shuffle_up, mask, static_cast<uint32_t>(value), site);
+  const int lane = emulation::Block::lane();
+  return static_cast<T>(values[lane >= static_cast<int>(delta) ? lane - delta : lane]);
+}
+
+inline void __syncthreads(Site site = Site::current()) {
+  emulation::collective(Collective::barrier, 0xffffffff, 0, site);
+}
+
+inline int __syncthreads_or(int flag, Site site = Site::current()) {
+  const auto& values = emulation::collective(Collective::barrier, 0xffffffff, flag != 0, site);
+  return std::any_of(values.begin(), values.end(), [](uint32_t value) { return value != 0; });
+}
+
+template <typename T>
+T atomicMin(T* address, T value) {
+  const T old = *address;
+  *address = std::min(old, value);
+  return old;
+}

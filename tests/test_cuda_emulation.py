@@ -1,0 +1,229 @@
+"""The CUDA kernels without a GPU: their device code, compiled as host C++ and run lane by lane, against the CPU ops.
+
+tests/cuda_emulation says how. Planes, dense matrices and reported faults must all be the CPU's.
+"""
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import DTYPES, sparse
+from reference import BITS, bits, from_bits
+
+from pyfacts import ops
+
+ROOT = Path(__file__).parent.parent
+COMPILER = next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
+# Unaligned typed accesses, wild shifts and overflows abort. _FORTIFY_SOURCE forbids to _longjmp between stacks.
+FLAGS = [
+    *("-std=c++20", "-O1", "-shared", "-fPIC", "-U_FORTIFY_SOURCE"),
+    *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"),
+    *("-fsanitize=alignment,shift,bounds,signed-integer-overflow", "-fno-sanitize-recover=undefined"),
+]
+
+Planes = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
+
+
+@pytest.fixture(scope="session")
+def emulator(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    library = tmp_path_factory.mktemp("cuda") / "emulation.so"
+    sources = [ROOT / "tests/cuda_emulation/emulation.cpp", ROOT / "csrc/cpu/check.cpp"]
+    subprocess.run([COMPILER, *FLAGS, *sources, "-o", library], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def pointer(array: np.ndarray) -> ctypes.c_void_p:
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+def encode(
+    emulator: ctypes.CDLL, x: torch.Tensor, min_abs: float = 0.0, signed_zero: bool = False, seed: int = 0
+) -> Planes:
+    """count_run, the sum that CUB makes on the device, pack_run."""
+    (n_tokens, n_features), item = x.shape, BITS[x.dtype]
+    n_columns, n_tiles = -(-n_features // 256), -(-n_tokens // 128)
+    counts = np.full((n_columns, n_tokens), 0xA5, np.uint8)
+    masks = np.full((n_columns, n_tokens, 8), 0xA5A5A5A5, np.uint32)
+    starts = np.full((n_columns * n_tiles + 1, 2), -1, np.int64)
+    tile_ptr = np.full((n_columns, n_tiles, 2), -1, np.int64)
+    matrix = (
+        DTYPES.index(x.dtype),
+        ctypes.c_void_p(x.data_ptr()),
+        *map(ctypes.c_int64, (x.stride(0), n_tokens, n_features)),
+    )
+    threshold = ctypes.c_double(min_abs), ctypes.c_bool(signed_zero)
+    emulator.emulated_count(*matrix, *threshold, *map(pointer, (counts, masks, starts)), seed)
+    index, values = np.full(starts[-1, 0], 0xA5, np.uint8), np.full(starts[-1, 1], 0xA5A5, item)
+    emulator.emulated_pack(*matrix, *map(pointer, (masks, starts, index, values, tile_ptr)), seed)
+    return counts, index, values, tile_ptr
+
+
+def decode(
+    emulator: ctypes.CDLL, planes: Planes, n_features: int, dtype: torch.dtype, signed_zero: bool = False, seed: int = 0
+) -> tuple[torch.Tensor, str]:
+    """The dense matrix, and what is wrong with the planes ("" for nothing)."""
+    counts, index, values, tile_ptr = map(np.ascontiguousarray, planes)
+    out = np.full((counts.shape[1], n_features), 0xA5A5, BITS[dtype])
+    message = ctypes.create_string_buffer(200)
+    sizes = map(ctypes.c_int64, (counts.shape[1], n_features))
+    emulator.emulated_decode(
+        DTYPES.index(dtype),
+        *sizes,
+        pointer(counts),
+        pointer(index),
+        ctypes.c_int64(index.size),
+        pointer(values),
+        ctypes.c_int64(values.size),
+        pointer(tile_ptr),
+        ctypes.c_bool(signed_zero),
+        pointer(out),
+        message,
+        ctypes.c_int64(len(message)),
+        seed,
+    )
+    return from_bits(out, dtype).reshape(out.shape), message.value.decode()
+
+
+def cpu_planes(x: torch.Tensor, min_abs: float = 0.0, signed_zero: bool = False) -> Planes:
+    counts, index, values, tile_ptr = ops.encode(x, min_abs, signed_zero)
+    return counts.numpy(), index.numpy(), bits(values), tile_ptr.numpy()
+
+
+def cpu_decode(
+    planes: Planes, n_features: int, dtype: torch.dtype, signed_zero: bool = False
+) -> tuple[torch.Tensor | None, str]:
+    counts, index, tile_ptr = (torch.from_numpy(np.ascontiguousarray(planes[i])) for i in (0, 1, 3))
+    try:
+        return ops.decode((counts, index, from_bits(planes[2], dtype), tile_ptr), n_features, signed_zero), ""
+    except RuntimeError as error:
+        return None, str(error)
+
+
+def assert_like_the_cpu(
+    emulator: ctypes.CDLL, x: torch.Tensor, min_abs: float = 0.0, signed_zero: bool = False, seed: int = 0
+) -> None:
+    """Both directions: the planes, and the dense matrix that they decode to."""
+    expected = cpu_planes(x, min_abs, signed_zero)
+    for actual, plane in zip(encode(emulator, x, min_abs, signed_zero, seed), expected, strict=True):
+        np.testing.assert_array_equal(actual, plane)
+    dense, fault = decode(emulator, expected, x.shape[1], x.dtype, signed_zero, seed)
+    assert fault == ""
+    np.testing.assert_array_equal(bits(dense), bits(cpu_decode(expected, x.shape[1], x.dtype, signed_zero)[0]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_features", [0, 1, 7, 9, 31, 255, 257, 519])
+def test_ragged_widths_and_lengths(emulator: ctypes.CDLL, dtype: torch.dtype, n_features: int) -> None:
+    """Around a byte, a warp, a column and a tile; positions and bitmaps; a different order of lanes each time."""
+    for n_tokens, density in ((0, 0.5), (1, 0.02), (33, 0.6), (130, 0.13)):
+        x = sparse(n_tokens, n_features, density, dtype, seed=n_features)
+        assert_like_the_cpu(emulator, x, seed=n_features + n_tokens)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_count_of_a_segment(emulator: ctypes.CDLL, dtype: torch.dtype) -> None:
+    """0 to 256 values of a full segment, among them 31, 32, 33 (where positions end), 255 and 256 (one count byte)."""
+    x = torch.zeros(257, 256, dtype=dtype)
+    shuffle = torch.randperm(256, generator=torch.Generator().manual_seed(0))
+    for n in range(257):
+        x[n, shuffle[:n]] = 1 + torch.arange(n).to(dtype)
+    assert_like_the_cpu(emulator, x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("signed_zero", [False, True])
+@pytest.mark.parametrize("min_abs", [0.0, 1e-40, 0.3, 65519.0, 1e300, float("inf")])
+def test_special_values_and_thresholds(
+    emulator: ctypes.CDLL, dtype: torch.dtype, signed_zero: bool, min_abs: float
+) -> None:
+    """Arbitrary bits and zeros of both signs: NaNs, infinities, subnormals; a threshold rounds down to the dtype."""
+    random = np.random.default_rng(0)
+    pattern = random.integers(0, 1 << 8 * BITS[dtype]().nbytes, (8, 300), BITS[dtype])
+    pattern[random.random(pattern.shape) < 0.3] = 0
+    pattern[random.random(pattern.shape) < 0.3] = 1 << (8 * BITS[dtype]().nbytes - 1)
+    near = torch.tensor([[min_abs]], dtype=torch.float64).to(dtype)
+    pattern[0, :2] = bits(near)[0, 0] + np.array([0, 1], BITS[dtype])  # the threshold itself and its neighbour
+    assert_like_the_cpu(emulator, from_bits(pattern, dtype), min_abs, signed_zero)
+
+
+def test_rows_with_a_stride_and_no_alignment(emulator: ctypes.CDLL) -> None:
+    base = sparse(140, 300, 0.1, torch.bfloat16)
+    for x in (base[:, 3:290], base[1::2], base[:1].expand(5, 300)):
+        assert_like_the_cpu(emulator, x)
+
+
+def valid_planes(seed: int, dtype: torch.dtype) -> tuple[Planes, int]:
+    """A small encoding with every kind of segment: empty, positions, bitmaps, saturated counts, a ragged column."""
+    x = sparse(131, 263, 0.1, dtype, seed)
+    x[::5] = sparse(131, 263, 0.7, dtype, seed + 1)[::5]
+    x[7], x[130, :255], x[3] = 1.0, 2.0, 0.0
+    return cpu_planes(x), 263
+
+
+def spoil(planes: Planes, random: np.random.Generator) -> Planes:
+    """Changes a few entries of the planes, and cuts or lengthens one: in a third of the cases each, only the contents
+    of segments, only what decides where they lie, or anything."""
+    spoiled = [plane.copy() for plane in planes]
+    for which in random.choice([[1, 2], [0, 3], [0, 1, 2, 3]][random.integers(3)], size=2):
+        flat = spoiled[which].reshape(-1)
+        values = [0, np.iinfo(flat.dtype).max, flat[random.integers(flat.size)], flat[random.integers(flat.size)] ^ 1]
+        flat[random.integers(flat.size)] = values[random.integers(4)]
+        if which in (1, 2) and random.random() < 0.2:
+            spoiled[which] = flat[: random.integers(flat.size)] if random.random() < 0.5 else np.append(flat, flat[:1])
+    return tuple(spoiled)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_spoilt_planes_have_the_fault_that_the_cpu_reports(emulator: ctypes.CDLL, dtype: torch.dtype) -> None:
+    """Whatever is wrong, nothing is read out of bounds, and the first fault, its column and token are the CPU's."""
+    random = np.random.default_rng(0)
+    valid, n_features = valid_planes(0, dtype)
+    found: set[str] = set()
+    for seed in range(40):
+        planes = spoil(valid, random)
+        dense, fault = decode(emulator, planes, n_features, dtype, seed=seed)
+        expected, error = cpu_decode(planes, n_features, dtype)
+        if expected is None:
+            assert fault and f": {fault}" in error, f"seed {seed}"
+            found.add(fault.split(" (")[0])
+        else:
+            assert fault == "", f"seed {seed}"
+            np.testing.assert_array_equal(bits(dense), bits(expected))
+    assert len(found) >= 6, found
+
+
+def altered(planes: Planes, plane: int, at: int, value: int) -> Planes:
+    changed = [array.copy() for array in planes]
+    changed[plane].reshape(-1)[at] = value
+    return tuple(changed)
+
+
+@pytest.mark.parametrize(
+    ("plane", "at", "value", "message"),
+    [
+        (0, 0, 101, "a count exceeds"),
+        (0, 0, 2, "a tile start|the index plane|bits beyond|popcount|positions"),
+        (1, 0, 50, "not strictly ascending"),
+        (1, 2, 100, "beyond the column's width"),
+        (1, 3, 0xFE, "popcount"),
+        (1, 3 + 12, 0x80, "bits beyond"),
+        (2, 1, 0, "zero"),
+        (3, 0, 1, "tile start"),
+        (3, 1, -(1 << 60), "tile start"),
+    ],
+)
+def test_every_fault_has_its_name(emulator: ctypes.CDLL, plane: int, at: int, value: int, message: str) -> None:
+    x = torch.zeros(2, 100)
+    x[0, [3, 50, 99]] = 1.0
+    x[1, :40] = 2.0
+    planes = altered(cpu_planes(x), plane, at, value)
+    _, fault = decode(emulator, planes, 100, torch.float32)
+    assert re.search(message, fault)
+    assert f": {fault}" in cpu_decode(planes, 100, torch.float32)[1]
