@@ -1,0 +1,164 @@
+"""The measuring behind `pyfacts bench` and README's figures. Nothing here asserts a time that was measured."""
+
+import importlib.util
+import math
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from pyfacts import bench
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def figures() -> ModuleType:
+    """bench/run.py, which is a script."""
+    spec = importlib.util.spec_from_file_location("figures", ROOT / "bench" / "run.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_readme_shows_the_committed_figures(figures: ModuleType) -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert figures.with_figures(readme) == readme, (
+        "README's figures are not those of bench/results: bench/run.py --render"
+    )
+
+
+def test_figures_name_machine_peers_and_every_aim(figures: ModuleType) -> None:
+    made_up = figures.render({"machine": MACHINE, "rows": list(made_up_rows())})
+    assert "One core of Some CPU (model 1), avx512, PyTorch 2.13.0, 2026-01-01" in made_up
+    assert "| encode, 3% dense | 2.00x (8.0 GB/s) | 2.00x (8.0 GB/s) | ≥ 1x | memcpy of the dense matrix |" in made_up
+    assert "| encode, slowest of 1 to 10% | 30x | 30x | ≥ 20x | `torch.nonzero` |" in made_up
+    assert "| encode with AVX2, slowest of 1 to 10% | 0.75x | 0.75x | ≥ 0.5x | itself with AVX-512 |" in made_up
+    assert "|  | 1.250x the time | ≤ 1.05x | the forward alone, 2,048 tokens |" in made_up
+    assert "| its peak resident memory in MB, for 16,384 and 131,072 tokens | 500 and 501 | 500 and 501 |" in made_up
+    assert "| density | 1% | 50% |" in made_up
+    assert "| pyfacts | 3.40 | 2.25 |" in made_up
+    assert "| aim, at most | 3.45 | 2.30 |" in made_up
+    assert "takes 1.065x its dense size" in made_up
+    assert len({line.count("|") for line in made_up.splitlines() if line.startswith("| encode")}) == 1
+
+
+def test_figures_of_another_machine_do_not_count_as_this_ones(figures: ModuleType) -> None:
+    rows = [row for row in made_up_rows() if row["isa"] != "avx2"]
+    assert "AVX2" not in figures.render({"machine": MACHINE, "rows": rows})
+
+
+def test_result_file_is_named_after_cpu_and_isa(figures: ModuleType) -> None:
+    cpu = "Intel(R) Xeon(R) Processor @ 2.50GHz (cpu family 6, model 85, stepping 7)"
+    assert figures.slug({"cpu": cpu, "isa": "avx512"}) == "intel-xeon-2.50ghz-avx512"
+
+
+def test_cases_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    clock = FakeClock(monkeypatch)
+
+    def call(name: str, took: float):
+        def run() -> None:
+            calls.append(name)
+            clock.now += took
+
+        return run
+
+    monkeypatch.setattr(bench, "copy_bandwidth", lambda: 1000.0)
+    case = bench.Case("ours", call("ours", 2.0), {"peer": call("peer", 3.0)}, 400, 500, {"op": "nothing"})
+    row = bench.measure(case, rounds=3)
+    assert calls == ["ours", "peer"] * 4  # the first pair warms up
+    assert row["ms"] == 2000 and row["floor_ms"] == 500 and row["gb_per_s"] == 400 / 2 / 1e9
+    assert row["peers"] == {"peer": {"ms": 3000.0, "gb_per_s": 400 / 3 / 1e9, "ratio": 1.5}}
+    assert row["op"] == "nothing"
+
+
+def test_a_row_takes_medians(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "copy_bandwidth", lambda: 1.0)
+    row = bench.row(bench.Case("", print, {}, 1, 1), [1.0, 9.0, 2.0], {"peer": [4.0, 0.1, 90.0]})
+    assert row["ms"] == 2000 and row["peers"]["peer"]["ratio"] == 2
+
+
+def test_activations_have_the_density_and_no_negative_values() -> None:
+    x = bench.activations(512, 1024, 0.03, torch.bfloat16)
+    assert x.shape == (512, 1024) and x.dtype == torch.bfloat16
+    assert math.isclose(x.count_nonzero().item() / x.numel(), 0.03, rel_tol=0.05)
+    assert (x >= 0).all()
+    assert torch.equal(x, bench.activations(512, 1024, 0.03, torch.bfloat16))
+
+
+@pytest.mark.parametrize("make", [bench.encode_case, bench.decode_case])
+def test_moved_bytes_are_dense_and_packed(make) -> None:
+    import pyfacts
+
+    x = bench.activations(256, 512, 0.1, torch.float32)
+    assert make(x).dense_bytes == x.nbytes
+    assert make(x).moved_bytes == x.nbytes + pyfacts.encode(x).nbytes
+
+
+def test_table_shows_every_case_and_peer_of_a_small_run() -> None:
+    x = bench.activations(128, 300, 0.1, torch.bfloat16)
+    rows = [bench.measure(case, rounds=1) for case in (bench.encode_case(x), bench.decode_case(x))]
+    shown = bench.table([*rows, {"name": "capture", "skipped": "needs transformers"}])
+    for name in (
+        "encode bfloat16 128 x 300, 10%",
+        "memcpy",
+        "torch.nonzero",
+        "to_sparse_csr",
+        "decode",
+        "clone",
+        "floor",
+    ):
+        assert name in shown
+    assert len(re.findall(r"\d\.\d\dx$", shown, re.MULTILINE)) == 4
+    assert shown.endswith("capture: needs transformers")
+
+
+def test_capture_case_hooks_every_layer_at_the_density_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    small = {"vocab_size": 64, "hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 512, "num_attention_heads": 4}
+    monkeypatch.setattr(bench, "OPT_125M", bench.OPT_125M | small)
+    case = bench.capture_case(bench.opt(2, density=0.04), torch.randint(5, 60, (2, 64)))
+    assert case.facts["n_layers"] == 2 and case.facts["n_tokens"] == 128
+    assert math.isclose(case.facts["density"], 0.04, rel_tol=0.3)
+    assert case.dense_bytes == 2 * 128 * 512 * 4
+
+
+class FakeClock:
+    """Stands in for time.perf_counter in `pyfacts.bench`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(bench.time, "perf_counter", lambda: self.now)
+
+
+MACHINE = {"cpu": "Some CPU (model 1)", "cores": 2, "isa": "avx512", "torch": "2.13.0", "date": "2026-01-01"}
+
+
+def made_up_rows():
+    def timed(op: str, peers: dict[str, float], **facts):
+        peers = {name: {"ratio": ratio} for name, ratio in peers.items()}
+        return {"op": op, "isa": "avx512", "gb_per_s": 8.0, "peers": peers, **facts}
+
+    for dtype in ("bfloat16", "float32"):
+        for density in (0.01, 0.03, 0.1, 0.5):
+            wide = {"dtype": dtype, "density": density, "shape": [4096, 16384]}
+            slow = {"torch.nonzero": 300 * density if density > 0.03 else 40.0, "to_sparse_csr": 60.0}
+            yield timed("encode", {"memcpy": 2.0} | slow, **wide)
+            yield timed("decode", {"memcpy": 1.0}, **wide)
+            yield timed("encode", {"memcpy": 1.5}, **wide) | {"isa": "avx2"}
+            yield timed("decode", {"memcpy": 0.9}, **wide) | {"isa": "avx2"}
+        for width in (11008, 5000):
+            for op in ("encode", "decode"):
+                yield timed(op, {"memcpy": 1.1}, dtype=dtype, density=0.03, shape=[4096, width])
+        yield timed("decode into fresh memory", {"clone": 1.2}, dtype=dtype, density=0.03, shape=[4096, 16384])
+        for n_tokens, peak in ((131072, 501e6), (16384, 500e6)):
+            dump = {"op": "dump", "isa": "avx512", "dtype": dtype, "n_tokens": n_tokens}
+            yield dump | {"gib_per_s": 2.5, "peak_bytes": peak}
+        yield {"op": "bound", "isa": "avx512", "dtype": dtype, "of_dense": 1.065}
+    yield timed("capture", {"forward alone": 0.8}, n_tokens=2048, n_layers=12, density=0.039)
+    for density, size in ((0.5, 2.25), (0.01, 3.4)):
+        yield {"op": "bytes per value", "isa": "avx512", "density": density, "forms": {"pyfacts": size}}
