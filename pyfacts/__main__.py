@@ -1,0 +1,5 @@
+"""`python -m pyfacts`."""
+
+from .cli import main
+
+main()

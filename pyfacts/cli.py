@@ -1,0 +1,299 @@
+"""The command line: `pyfacts dump | info | verify | top | demo | bench`.
+
+Exit codes: 0 done; 1 the dump is damaged, or the disk or model could not be read or written; 2 the arguments are wrong;
+130 Ctrl-C and 128 + n signal n (143 for SIGTERM), after which the same command resumes a dump.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from . import Dump
+    from .dump.reader import Context
+    from .dump.run import Progress as DumpProgress
+
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
+
+app = typer.Typer(
+    name="pyfacts",
+    help="Capture what a transformer's MLPs know: dump its neurons, exact and packed, and read them back.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+err = Console(stderr=True, soft_wrap=True)
+
+DumpArgument = Annotated[Path, typer.Argument(metavar="OUT", help="Directory of the dump.")]
+
+
+def main() -> NoReturn:
+    """Runs the command line and exits; every expected error is one line on stderr."""
+    from .dump.errors import DumpError, DumpInterrupted
+
+    try:
+        app()  # exits by itself, with 2 for arguments that it cannot parse
+    except DumpInterrupted as error:
+        code = _stopped(str(error).partition(";")[0], 128 + error.signum)
+    except DumpError as error:
+        code = _fail(error, FAILED)
+    except (ValueError, TypeError, ImportError) as error:
+        code = _fail(error, USAGE)
+    except OSError as error:
+        code = _fail(error, FAILED)
+    sys.exit(code)
+
+
+def _fail(error: Exception, code: int) -> int:
+    err.print(f"[red]error:[/red] {escape(str(error) or type(error).__name__)}", highlight=False)
+    return code
+
+
+def _stopped(what: str, code: int) -> int:
+    err.print(escape(f"{what}; to resume: {shlex.join(['pyfacts', *sys.argv[1:]])}"), highlight=False)
+    return code
+
+
+@app.command(name="dump")
+def dump_command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hugging Face name or directory of the model.")],
+    tokens: Annotated[
+        str,
+        typer.Argument(
+            metavar="TEXT_OR_TOKENS",
+            help="Text (.txt, .jsonl, .parquet), token ids (.npy, .parquet) or a saved Hugging Face data set.",
+        ),
+    ],
+    out_directory: DumpArgument,
+    hooks: Annotated[
+        list[str] | None,
+        typer.Option("--hooks", help="Hook or module path to dump, repeatable; every MLP's neurons by default."),
+    ] = None,
+    topk: Annotated[int | None, typer.Option(help="Keep the k largest |activations| of each token.")] = None,
+    min_abs: Annotated[float | None, typer.Option(help="Keep activations above this absolute value.")] = None,
+    codec: Annotated[str, typer.Option(help="'zstd', or 'none': faster to write, larger.")] = "zstd",
+    batch_size: Annotated[int, typer.Option(help="Sequences of a forward pass.")] = 8,
+    context_size: Annotated[int | None, typer.Option(help="Tokens of a sequence; longer texts are cut.")] = None,
+    shard_tokens: Annotated[int, typer.Option(help="Tokens of a shard; a crash costs at most one shard.")] = 65536,
+    allow_dense: Annotated[bool, typer.Option("--allow-dense", help="Dump even if most neurons are non-zero.")] = False,
+) -> None:
+    """Run a model over texts or tokens and write its neurons to OUT. Run it again to resume.
+
+    [bold]Example:[/bold] pyfacts dump facebook/opt-125m corpus.jsonl out --context-size 512
+    """
+    import pyfacts
+
+    if topk is not None and min_abs is not None:
+        raise ValueError("--topk and --min-abs exclude each other: give one")
+    select = pyfacts.topk(topk) if topk is not None else pyfacts.min_abs(min_abs) if min_abs is not None else None
+    _check_model(model)
+    if not err.is_terminal:
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+    with _interruptible(), _shown_progress() as progress:
+        d = pyfacts.dump(
+            model,
+            tokens,
+            out_directory,
+            names_filter=hooks,
+            select=select,
+            codec=codec,
+            batch_size=batch_size,
+            context_size=context_size,
+            shard_tokens=shard_tokens,
+            allow_dense=allow_dense,
+            progress=progress,
+        )
+    out.print(escape(f"{out_directory}: {d.n_tokens:,} tokens of {len(d.hook_names)} hooks, {_size(d.n_bytes)}"))
+
+
+@app.command()
+def info(out_directory: DumpArgument) -> None:
+    """Show what a dump holds.
+
+    [bold]Example:[/bold] pyfacts info out
+    """
+    d = _open(out_directory)
+    state = "complete" if d.complete else f"incomplete: {d.n_tokens_committed:,} tokens committed; dump again to resume"
+    out.print(escape(f"{out_directory}: {d.n_tokens:,} tokens in {d.n_shards} shards, {state}"))
+    out.print(escape(f"model {d.plan['model'].get('name') or d.plan['model'].get('class')}, codec {d.codec}"))
+    if d.plan["select"]:
+        out.print(escape(f"select {d.plan['select']}"))
+    table = Table("hook", "kind", "dtype", box=None, header_style="bold", pad_edge=False)
+    for name in ("width", "density", "L0", "never active", "bytes", "of dense"):
+        table.add_column(name, justify="right")
+    for name in d.hook_names:
+        hook = d[name]
+        dense_bytes = d.n_tokens_committed * hook.width * (4 if hook.dtype == "float32" else 2)
+        share = f"{hook.n_bytes / dense_bytes:.1%}" if dense_bytes else "-"
+        sparse = ("-", "-", "-")
+        if hook.kind == "neurons":
+            silent = int((hook.feature_stats().nnz == 0).sum())
+            sparse = (f"{hook.density:.2%}", f"{hook.density * hook.width:.1f}", f"{silent:,}")
+        table.add_row(name, hook.kind, hook.dtype, f"{hook.width:,}", *sparse, _size(hook.n_bytes), share)
+    out.print(table)
+
+
+@app.command()
+def verify(out_directory: DumpArgument) -> None:
+    """Read every byte of a dump and check it: headers, checksums, the form of every segment, statistics.
+
+    [bold]Example:[/bold] pyfacts verify out && echo sound
+    """
+    report = _open(out_directory).verify()
+    state = "complete" if report.complete else "incomplete, what is committed is sound"
+    out.print(
+        escape(
+            f"{out_directory}: {report.n_tokens:,} tokens in {report.n_shards} shards and {report.n_files} files, "
+            f"{_size(report.n_bytes)}, {state}"
+        )
+    )
+
+
+@app.command()
+def top(
+    out_directory: DumpArgument,
+    hook: Annotated[str, typer.Argument(metavar="HOOK", help="Hook name, as `pyfacts info` lists them.")],
+    neuron: Annotated[int, typer.Argument(metavar="NEURON", help="Number of the neuron.")],
+    k: Annotated[int, typer.Option("-k", help="How many tokens.")] = 20,
+    window: Annotated[int, typer.Option(help="Tokens shown around each.")] = 16,
+) -> None:
+    """Show the tokens at which a neuron fires most, in their contexts, the firing token marked.
+
+    [bold]Example:[/bold] pyfacts top out blocks.3.mlp.hook_post 1234 -k 10
+    """
+    d = _open(out_directory)
+    stats = d[hook].feature_stats()
+    contexts = d.contexts(hook, neuron, k=k, window=window)
+    density = stats.density[neuron]
+    out.print(escape(f"{hook} neuron {neuron}: active at {stats.nnz[neuron]:,} tokens ({density:.3%})"))
+    tokenizer = _tokenizer(d)
+    for context in contexts:
+        place = f"{context.value:9.4g}  {context.document}:{context.position:<6}"
+        out.print(f"{place} {marked_context(context, tokenizer)}", highlight=False)
+
+
+@app.command()
+def demo(
+    text: Annotated[bool, typer.Option("--text", help="Real text instead: five neurons and what they fire on.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the corpus and of the weights.")] = 0,
+    out_directory: Annotated[Path, typer.Option("--out", help="Where to write.")] = Path("pyfacts-demo"),
+) -> None:
+    """Train a small model, dump it, and find its facts (or, with --text, its neurons) in the dump. About a minute.
+
+    [bold]Example:[/bold] pyfacts demo --seed 1
+    """
+    if text:
+        from .demo import text as chosen
+    else:
+        from .demo import facts as chosen  # type: ignore[no-redef]
+    chosen.run(out_directory, seed=seed)
+
+
+@app.command()
+def bench(
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes: seconds instead of half a minute.")] = False,
+) -> None:
+    """Measure encode, decode and capture on this machine, each beside its PyTorch peer.
+
+    [bold]Example:[/bold] pyfacts bench --quick
+    """
+    from . import bench as measure
+
+    out.print(measure.table(measure.run(quick=quick)), highlight=False)
+
+
+def marked_context(context: Context, tokenizer: Any) -> str:
+    """The tokens around a firing one as one line of rich markup, the firing one in brackets."""
+    ids = [int(i) for i in context.token_ids]
+    at = context.token_index - context.start
+    words = [f" {i}" if tokenizer is None else tokenizer.decode([i]) for i in ids]
+    before, firing, after = ("".join(part).replace("\n", "⏎") for part in (words[:at], [words[at]], words[at + 1 :]))
+    return f"{escape(before)}[bold reverse]{escape(f'[{firing.strip() or firing}]')}[/bold reverse]{escape(after)}"
+
+
+def _open(directory: Path) -> Dump:
+    import pyfacts
+
+    return pyfacts.open_dump(directory)
+
+
+def _check_model(model: str) -> None:
+    """A path that does not exist would be looked up as a name on the hub."""
+    if model.startswith((".", "/", "~")) and not Path(model).expanduser().exists():
+        raise ValueError(f"model directory {model} does not exist")
+
+
+def _tokenizer(d: Dump) -> Any:
+    """The tokenizer of the dumped model, None where it cannot be loaded: then ids are shown."""
+    name = d.plan["tokens"].get("tokenizer") or d.plan["model"].get("name")
+    if not name:
+        return None
+    try:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(name)
+    except (ImportError, OSError, ValueError):
+        return None
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C ends a dump with the command that resumes it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise typer.Exit(_stopped("interrupted", INTERRUPTED)) from None
+
+
+@contextlib.contextmanager
+def _shown_progress() -> Iterator[Any]:
+    """A bar with tokens/s and the time left on a terminal, nothing elsewhere; the projected size once, on both."""
+    columns = (
+        TextColumn("dump"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[rate]} tokens/s"),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as bar:
+        task = bar.add_task("dump", total=None, rate="-")
+        projected = False
+
+        def show(progress: DumpProgress) -> None:
+            nonlocal projected
+            if not projected and progress.tokens_done > progress.tokens_resumed:
+                projected = True
+                packed, dense = _size(progress.packed_bytes), _size(progress.dense_bytes)
+                if progress.tokens_resumed:
+                    err.print(f"resuming: {progress.tokens_resumed:,} tokens are committed", highlight=False)
+                err.print(
+                    f"{progress.tokens_total:,} tokens: about {packed} packed, before any codec ({dense} dense)",
+                    highlight=False,
+                )
+            elapsed = bar.tasks[0].elapsed or 0
+            rate = f"{(progress.tokens_done - progress.tokens_resumed) / elapsed:,.0f}" if elapsed else "-"
+            bar.update(task, completed=progress.tokens_done, total=progress.tokens_total, rate=rate)
+
+        yield show
+
+
+def _size(n_bytes: float) -> str:
+    from .encoding import human_bytes
+
+    return human_bytes(n_bytes)

@@ -1,0 +1,202 @@
+"""The command line as a user meets it: a process, its output, its exit code."""
+
+import contextlib
+import io
+import json
+import pydoc_data.topics
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
+from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+
+import pyfacts
+from pyfacts import cli
+
+TEXT = "\n".join(pydoc_data.topics.topics.values())[:60_000]
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a sparse ReLU model `opt`, a dense GELU model `gpt2`, a text, and a finished dump `out`."""
+    root = tmp_path_factory.mktemp("cli")
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=["</s>"], show_progress=False)
+    tokenizer.train_from_iterator([TEXT], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>")
+
+    torch.manual_seed(0)
+    opt = OPTForCausalLM(
+        OPTConfig(
+            vocab_size=500,
+            hidden_size=32,
+            word_embed_proj_dim=32,
+            ffn_dim=300,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=64,
+        )
+    )
+    for layer in opt.model.decoder.layers:
+        layer.fc1.bias.data -= 1.5 * layer.fc1.weight.data.norm(dim=1)
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=500, n_embd=32, n_layer=1, n_head=2, n_positions=64))
+    for name, model in (("opt", opt), ("gpt2", gpt2)):
+        model.save_pretrained(root / name)
+        fast.save_pretrained(root / name)
+    lines = [TEXT[start : start + 600] for start in range(0, len(TEXT), 600)]
+    (root / "text.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
+    (root / "empty.txt").write_text("")
+    done = pyfacts_command(root)("dump", "opt", "text.jsonl", "out", "--context-size", "32", "--shard-tokens", "4096")
+    assert done.returncode == 0, done.stderr
+    return root
+
+
+def pyfacts_command(cwd: Path) -> Run:
+    """Calls the command line's main() in this process: what a process would do, without importing torch each time."""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        out, err = io.StringIO(), io.StringIO()
+        with (
+            contextlib.chdir(cwd),
+            mock.patch.object(sys, "argv", ["pyfacts", *arguments]),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            pytest.raises(SystemExit) as exit_,
+        ):
+            cli.main()
+        code = exit_.value.code or 0
+        assert isinstance(code, int)
+        return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+    return run
+
+
+@pytest.fixture
+def run(work: Path) -> Run:
+    return pyfacts_command(work)
+
+
+def test_dump_says_what_it_wrote_and_draws_no_bar_in_a_pipe(run: Run, work: Path) -> None:
+    done = run("dump", "opt", "text.jsonl", "again", "--context-size", "32", "--codec", "none")
+    assert done.returncode == 0
+    assert "packed, before any codec" in done.stderr and "━" not in done.stderr + done.stdout
+    d = pyfacts.open_dump(work / "again")
+    assert f"{d.n_tokens:,} tokens of 2 hooks" in done.stdout and d.codec == "none"
+
+
+def test_the_same_command_resumes(run: Run, work: Path) -> None:
+    """A finished dump is not computed again; another plan in the same directory is refused."""
+    before = {path: path.stat().st_mtime_ns for path in (work / "out").rglob("*")}
+    done = run("dump", "opt", "text.jsonl", "out", "--context-size", "32", "--shard-tokens", "4096")
+    assert done.returncode == 0
+    assert {path: path.stat().st_mtime_ns for path in (work / "out").rglob("*")} == before
+    other = run("dump", "opt", "text.jsonl", "out", "--context-size", "16", "--shard-tokens", "4096")
+    assert other.returncode == 1 and "holds another dump" in other.stderr
+
+
+def test_hooks_and_selections(run: Run, work: Path) -> None:
+    hook = "blocks.0.mlp.hook_post"
+    done = run("dump", "gpt2", "text.jsonl", "topk", "--hooks", hook, "--topk", "8", "--context-size", "32")
+    assert done.returncode == 0, done.stderr
+    d = pyfacts.open_dump(work / "topk")
+    assert d.hook_names == [hook] and d[hook].density == 8 / 128
+
+
+def test_info_shows_every_hook(run: Run) -> None:
+    done = run("info", "out")
+    assert done.returncode == 0
+    for part in ("complete", "blocks.0.mlp.hook_post", "blocks.1.mlp.hook_post", "neurons", "300", "zstd"):
+        assert part in done.stdout
+
+
+def test_verify_tells_sound_from_damaged(run: Run, work: Path) -> None:
+    assert run("verify", "out").returncode == 0
+    done = run("dump", "opt", "text.jsonl", "damaged", "--context-size", "32")
+    shard = next((work / "damaged").rglob("blocks.1*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    done = run("verify", "damaged")
+    assert done.returncode == 1 and shard.name in done.stderr and "Traceback" not in done.stderr
+
+
+def test_top_marks_the_firing_token(run: Run, work: Path) -> None:
+    hook = "blocks.1.mlp.hook_post"
+    done = run("top", "out", hook, "5", "-k", "3", "--window", "6")
+    assert done.returncode == 0
+    d = pyfacts.open_dump(work / "out")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(work / "opt")
+    lines = done.stdout.splitlines()
+    assert hook in lines[0] and len(lines) == 4
+    for line, (token, value) in zip(lines[1:], d[hook].top_tokens(5, k=3), strict=True):
+        firing = tokenizer.decode([int(d.token_ids[token])])
+        assert f"{value:.4g}" in line and f"[{firing.strip() or firing}]".replace("\n", "⏎") in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["dump", "opt"], 2, "Missing argument"),
+        (["dump", "./nowhere", "text.jsonl", "x"], 2, "./nowhere does not exist"),
+        (["dump", "opt", "nowhere.txt", "x"], 2, "nowhere.txt"),
+        (["dump", "opt", "empty.txt", "x"], 2, "empty"),
+        (["dump", "opt", "text.jsonl", "x", "--hooks", "blocks.0.mlp.hook_pst"], 2, "blocks.0.mlp.hook_post"),
+        (["dump", "opt", "text.jsonl", "x", "--topk", "8", "--min-abs", "1"], 2, "exclude each other"),
+        (["dump", "opt", "text.jsonl", "x", "--codec", "gzip"], 2, "gzip"),
+        (["dump", "gpt2", "text.jsonl", "x"], 2, "topk"),
+        (["info", "nowhere"], 1, "is no dump"),
+        (["verify", "opt"], 1, "is no dump"),
+        (["top", "out", "blocks.0.mlp.hook_pst", "5"], 2, "blocks.0.mlp.hook_post"),
+        (["top", "out", "blocks.0.mlp.hook_post", "300"], 2, "300"),
+    ],
+)
+def test_errors_are_one_line_that_helps(run: Run, work: Path, arguments: list[str], code: int, message: str) -> None:
+    """The exit code tells wrong arguments (2) from damage (1), and nothing is left of what was refused."""
+    done = run(*arguments)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert not (work / "x").exists()
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_dump_says_how_to_resume_and_does(work: Path, signum: int, code: int) -> None:
+    """The signal comes as soon as the first shard is committed; the same command then finishes the dump."""
+    out = work / f"interrupted-{signum}"
+    arguments = ["dump", "opt", "text.jsonl", out.name, "--context-size", "8", "--batch-size", "1"]
+    arguments += ["--shard-tokens", "256"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pyfacts", *arguments], cwd=work, stderr=subprocess.PIPE, text=True
+    )
+    while not (out / "00000.json").exists():
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+    process.send_signal(signum)
+    _, errors = process.communicate()
+    assert process.returncode == code, errors
+    assert f"to resume: pyfacts dump opt text.jsonl {out.name}" in errors and "Traceback" not in errors
+    d = pyfacts.open_dump(out)
+    assert 0 < d.n_tokens_committed < d.n_tokens
+    assert pyfacts_command(work)(*arguments).returncode == 0
+    assert pyfacts.open_dump(out).verify().complete
+
+
+@pytest.mark.parametrize("command", ["dump", "info", "verify", "top", "demo", "bench"])
+def test_help_shows_an_example(run: Run, command: str) -> None:
+    done = run(command, "--help")
+    assert done.returncode == 0 and f"Example: pyfacts {command}" in done.stdout
+
+
+def test_import_is_light() -> None:
+    """`import pyfacts` and the command line's module import none of the heavy libraries."""
+    code = "import sys, pyfacts, pyfacts.cli; print([m for m in sys.argv[1:] if m in sys.modules])"
+    heavy = ["transformers", "datasets", "ray", "matplotlib", "pandas", "scipy", "pyarrow"]
+    done = subprocess.run([sys.executable, "-c", code, *heavy], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
