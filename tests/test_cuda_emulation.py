@@ -119,7 +119,7 @@ def assert_like_the_cpu(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n_features", [0, 1, 7, 9, 31, 255, 257, 519])
+@pytest.mark.parametrize("n_features", [0, 1, 7, 9, 31, 255, 257])
 def test_ragged_widths_and_lengths(emulator: ctypes.CDLL, dtype: torch.dtype, n_features: int) -> None:
     """Around a byte, a warp, a column and a tile; positions and bitmaps; a different order of lanes each time."""
     for n_tokens, density in ((0, 0.5), (1, 0.02), (33, 0.6), (130, 0.13)):
@@ -186,7 +186,7 @@ def test_spoilt_planes_have_the_fault_that_the_cpu_reports(emulator: ctypes.CDLL
     random = np.random.default_rng(0)
     valid, n_features = valid_planes(0, dtype)
     found: set[str] = set()
-    for seed in range(40):
+    for seed in range(30):
         planes = spoil(valid, random)
         dense, fault = decode(emulator, planes, n_features, dtype, seed=seed)
         expected, error = cpu_decode(planes, n_features, dtype)

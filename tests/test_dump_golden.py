@@ -84,10 +84,10 @@ class TestFormatDocument:
 
     def test_on_disk(self):
         from pyfacts import _storage
-        from pyfacts.dump.run import _encoding
+        from pyfacts.dump.blocks import storage_encoding
         from pyfacts.dump.statistics import column_digest
 
-        encoding = _encoding(pyfacts.encode(self.matrix()))
+        encoding = storage_encoding(pyfacts.encode(self.matrix()))
         occupancy, counts, _ = _storage.split_counts(encoding)
         assert occupancy.tobytes() == self.example("occupancy")
         assert counts.tobytes() == self.example("occupied counts")

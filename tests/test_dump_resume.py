@@ -173,19 +173,19 @@ class TestWorkers:
         assert int(seen[0]) == rank and committed_bytes(tmp_path) == undisturbed
 
     def test_ranks_from_the_environment(self, tmp_path, monkeypatch):
-        from pyfacts.dump.run import _worker
+        from pyfacts.dump.arguments import worker
 
-        assert _worker(None, None) == (0, 1)
+        assert worker(None, None) == (0, 1)
         monkeypatch.setenv("SLURM_PROCID", "3")
         monkeypatch.setenv("SLURM_NTASKS", "4")
-        assert _worker(None, None) == (3, 4)
+        assert worker(None, None) == (3, 4)
         array = {"ID": "7", "MIN": "5", "STEP": "2", "COUNT": "3"}
         for name, value in array.items():
             monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
-        assert _worker(None, None) == (1, 3)
+        assert worker(None, None) == (1, 3)
         monkeypatch.setenv("RANK", "1")
         monkeypatch.setenv("WORLD_SIZE", "2")
-        assert _worker(None, None) == (1, 2)
+        assert worker(None, None) == (1, 2)
         for rank, world_size in ((2, 2), (-1, 2), (0, None), (None, 2)):
             with pytest.raises(ValueError, match="world_size"):
                 resume(tmp_path / "out", rank=rank, world_size=world_size)

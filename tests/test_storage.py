@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import pyfacts
 from pyfacts import _storage
-from pyfacts.dump.run import _encoding
+from pyfacts.dump.blocks import storage_encoding
 from pyfacts.dump.shard_writer import column_lengths
 from pyfacts.dump.statistics import new_statistics
 
@@ -37,7 +37,7 @@ def encode(dtype, bits):
 def test_blocks_rows_slices_and_neurons(matrix, random):
     dtype, bits = matrix
     n_tokens, n_features = bits.shape
-    encoding = _encoding(encode(dtype, bits))
+    encoding = storage_encoding(encode(dtype, bits))
     encoding.check(False)
     occupancy, counts, n_occupied = _storage.split_counts(encoding)
     segments = np.stack([(bits[:, c : c + 256] != 0).sum(1) for c in range(0, n_features, 256)])
@@ -72,7 +72,7 @@ def test_feature_stats(dtype):
     x[:, 9], x[:, 10] = 0, 0
     x[7, 10] = torch.nan
     nnz, total, total_sq, maximum = stats = new_statistics(300)
-    encoding = _encoding(pyfacts.encode(x))
+    encoding = storage_encoding(pyfacts.encode(x))
     encoding.slice(0, 200).add_feature_stats(*stats)
     encoding.slice(200, 500).add_feature_stats(*stats)
     wide = x.double().numpy()
@@ -92,13 +92,13 @@ def test_every_half_precision_value_converts(dtype):
     for row in features.reshape(256, 1, 256):
         x = torch.from_numpy(row.view(np.int16)).view(getattr(torch, dtype))
         nnz, total, _, _ = stats = new_statistics(256)
-        _encoding(pyfacts.encode(x)).add_feature_stats(*stats)
+        storage_encoding(pyfacts.encode(x)).add_feature_stats(*stats)
         assert np.array_equal(total, x[0].double().numpy(), equal_nan=True)
         assert np.array_equal(nnz, (row[0] & 0x7FFF) != 0)
 
 
 def test_wrong_arguments_are_errors():
-    encoding = _encoding(pyfacts.encode(torch.eye(10)))
+    encoding = storage_encoding(pyfacts.encode(torch.eye(10)))
     planes = encoding.counts, encoding.index, encoding.values, encoding.tile_ptr
     for rows in ([10], [-1]):
         with pytest.raises(_storage.Fault, match="out of range"):
@@ -111,7 +111,7 @@ def test_wrong_arguments_are_errors():
         lambda: _storage.Encoding(*planes[:3], encoding.tile_ptr[:0], 10, "float32"),
         lambda: _storage.Encoding(*planes[:2], encoding.values.view(np.uint8)[1:-3], encoding.tile_ptr, 10, "float32"),
         lambda: _storage.cat([]),
-        lambda: _storage.cat([encoding, _encoding(pyfacts.encode(torch.eye(11)))]),
+        lambda: _storage.cat([encoding, storage_encoding(pyfacts.encode(torch.eye(11)))]),
     ):
         with pytest.raises(ValueError):
             call()
@@ -129,7 +129,7 @@ def test_wrong_arguments_are_errors():
 def test_damaged_planes_are_refused_or_an_encoding(matrix, plane, where, byte):
     """Encodings whose planes do not fit each other: every reader reports a fault or reads in bounds."""
     dtype, bits = matrix
-    good = _encoding(encode(dtype, bits))
+    good = storage_encoding(encode(dtype, bits))
     planes = [np.array(p) for p in (good.counts, good.index, good.values, good.tile_ptr)]
     flat = planes[plane].reshape(-1).view(np.uint8)
     if flat.size:

@@ -18,9 +18,8 @@ void launch_decode(const cpu::Encoding& e, bool signed_zero, void* out, int64_t 
                    cudaStream_t stream) {
   const int64_t n = n_columns(e.n_features) * n_tiles(e.n_tokens);
   const T all = static_cast<T>(~T{0});
-  decode_kernel<T><<<n, kRunThreads, 0, stream>>>(e, signed_zero ? all : all >> 1,
-                                                  {static_cast<T*>(out), row_stride, e.n_tokens, e.n_features},
-                                                  first_fault);
+  decode_kernel<T><<<n, kRunThreads, 0, stream>>>(
+      e, signed_zero ? all : all >> 1, {static_cast<T*>(out), row_stride, e.n_tokens, e.n_features}, first_fault);
 }
 
 }  // namespace

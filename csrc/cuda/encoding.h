@@ -1,5 +1,5 @@
-// The CUDA interface to the encoding: what ops_cuda.cpp calls. All pointers are on the device unless said otherwise, and
-// all work goes to `stream`; a cudaError_t is the launch's.
+// The CUDA interface to the encoding: what ops_cuda.cpp calls. All pointers are on the device unless said otherwise,
+// and all work goes to `stream`; a cudaError_t is the launch's.
 #pragma once
 
 #include <cuda_runtime_api.h>

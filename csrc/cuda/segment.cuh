@@ -87,7 +87,8 @@ __device__ __forceinline__ Fault check_bitmap_count(int n, int count_byte, int w
 }
 
 // Reads a segment's index, of index_bytes(count_byte, width) <= 32 bytes that lie in bounds: one byte a lane, whether a
-// position or a part of a bitmap. The mask can be trusted if *fault, the same in all lanes, is none. All lanes take part.
+// position or a part of a bitmap. The mask can be trusted if *fault, the same in all lanes, is none. All lanes take
+// part.
 __device__ __forceinline__ SegmentMask read_index(int count_byte, int width, const uint8_t* index, int lane,
                                                   Fault* fault) {
   const bool positions = has_positions(count_byte, width);

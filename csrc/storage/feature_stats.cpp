@@ -44,7 +44,7 @@ void add(Accumulator& to, float x) {
   const double wide = x;
   to.sums += Double2{wide, wide * wide};
   to.nnz += 1;
-  if (x > to.maximum) to.maximum = x;
+  to.maximum = x > to.maximum ? x : to.maximum;  // no branch; a NaN compares false
 }
 
 template <typename DTypeOf>

@@ -1,5 +1,5 @@
-// The CUDA encode and decode on the host, for tests/test_cuda_emulation.py: what encode.cu and decode.cu launch, block by
-// block. Buffers that kernels read or write end at an unmapped page, so that no access beyond them goes unnoticed.
+// The CUDA encode and decode on the host, for tests/test_cuda_emulation.py: what encode.cu and decode.cu launch, block
+// by block. Buffers that kernels read or write end at an unmapped page, so that no access beyond them goes unnoticed.
 #include "lanes.h"
 // The device code wants the above.
 #include <sys/mman.h>
@@ -22,8 +22,8 @@ class Guarded {
   Guarded(T* original, int64_t n) : original_(original), n_bytes_(n * static_cast<int64_t>(sizeof(T))) {
     const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
     room_ = (static_cast<size_t>(n_bytes_) + page - 1) / page * page;
-    mapping_ = static_cast<uint8_t*>(
-        mmap(nullptr, room_ + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    mapping_ =
+        static_cast<uint8_t*>(mmap(nullptr, room_ + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     if (mapping_ == MAP_FAILED) std::abort();
     mprotect(mapping_ + room_, page, PROT_NONE);
     mapped_ = room_ + page;
@@ -162,8 +162,8 @@ void emulated_pack(int dtype, const void* x, int64_t row_stride, int64_t n_token
 void emulated_decode(int dtype, int64_t n_tokens, int64_t n_features, const uint8_t* counts, const uint8_t* index,
                      int64_t index_bytes, const void* values, int64_t n_values, const int64_t* tile_ptr,
                      bool signed_zero, void* out, char* message, int64_t message_bytes, uint32_t seed) {
-  const cpu::Encoding e = {static_cast<DType>(dtype), n_tokens, n_features, counts, index, index_bytes, values,
-                           n_values, tile_ptr};
+  const cpu::Encoding e = {
+      static_cast<DType>(dtype), n_tokens, n_features, counts, index, index_bytes, values, n_values, tile_ptr};
   const uint32_t all = dtype == 0 ? 0xffffffffu : 0xffffu;
   const uint32_t zero_mask = signed_zero ? all : all >> 1;
   const cpu::Status status = status_of(dtype == 0 ? decode(e, zero_mask, static_cast<uint32_t*>(out), seed)

@@ -1,10 +1,10 @@
 // Runs CUDA device functions on the host, lane by lane, as far as encode and decode need it.
 //
-// Every thread of a block is a fiber with a stack of its own. A fiber runs alone until it reaches a collective, where it
-// posts its value and waits; once all lanes of its warp (or threads of its block) wait at that very call site, they go
-// on. The order in which warps and lanes run is shuffled from a seed, and shared memory is poisoned before every block.
-// Threads that diverge around a collective, or that race through shared memory in an order that matters, are so found.
-// Of memory ordering within the hardware it says nothing.
+// Every thread of a block is a fiber with a stack of its own. A fiber runs alone until it reaches a collective, where
+// it posts its value and waits; once all lanes of its warp (or threads of its block) wait at that very call site, they
+// go on. The order in which warps and lanes run is shuffled from a seed, and shared memory is poisoned before every
+// block. Threads that diverge around a collective, or that race through shared memory in an order that matters, are so
+// found. Of memory ordering within the hardware it says nothing.
 #pragma once
 
 #include <setjmp.h>
@@ -127,7 +127,8 @@ class Block {
     bool released = false;
     for (int warp = 0; warp < n; warp += kLanes) {
       if (threads_[warp].done || threads_[warp].at.kind == Collective::barrier) continue;
-      if (!together(warp, warp + kLanes)) fail("lanes of a warp diverge around a collective", threads_[warp].at.line, 0);
+      if (!together(warp, warp + kLanes))
+        fail("lanes of a warp diverge around a collective", threads_[warp].at.line, 0);
       take(warp, warp + kLanes, &threads_[warp].values);
       released = true;
     }

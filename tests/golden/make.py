@@ -13,9 +13,9 @@ import torch
 
 import pyfacts
 from pyfacts.dump import files, layout
+from pyfacts.dump.blocks import storage_encoding
 from pyfacts.dump.layout import HookSpec
 from pyfacts.dump.plan import PLAN_FILE, Plan
-from pyfacts.dump.run import _encoding
 from pyfacts.dump.shard_writer import ShardWriter
 
 BLOCKS = [(9, 11), (13,)]  # tokens of the blocks of each shard
@@ -87,7 +87,7 @@ def write(root: Path, codec: str) -> None:
                         writer[hook.name].add_rows(bits)
                         continue
                     x = torch.from_numpy(bits.view(np.int16 if bits.itemsize == 2 else np.int32))
-                    encoding = _encoding(pyfacts.encode(x.view(getattr(torch, hook.dtype))))
+                    encoding = storage_encoding(pyfacts.encode(x.view(getattr(torch, hook.dtype))))
                     writer[hook.name].add_encoding(encoding, norms(hook)[part] if the_plan.lossy else None)
                 start += n_tokens
             writer.commit(use_links=True)
