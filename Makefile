@@ -23,7 +23,7 @@ demo: setup
 	$(BIN)/pyfacts demo --text
 
 test: setup
-	$(BIN)/pytest -n auto -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto -m "not slow"
 
 # The wheel as users install it: elsewhere, with the source tree out of the way.
 test-wheel: setup

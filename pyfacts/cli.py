@@ -189,7 +189,9 @@ def top(
 
 @app.command()
 def demo(
-    text: Annotated[bool, typer.Option("--text", help="Real text instead: five neurons and what they fire on.")] = False,
+    text: Annotated[
+        bool, typer.Option("--text", help="Real text instead: five neurons and what they fire on.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the corpus and of the weights.")] = 0,
     out_directory: Annotated[Path, typer.Option("--out", help="Where to write.")] = Path("pyfacts-demo"),
 ) -> None:

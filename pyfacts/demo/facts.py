@@ -291,27 +291,25 @@ def draw(
     from matplotlib.figure import Figure
 
     n = len(SPORTS)
-    figure = Figure(figsize=(13, 5.4), layout="constrained")
+    figure = Figure(figsize=(14, 7.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
     image = contribution[:, [j for features in neurons.values() for j in features[:shown]]]
     limit = float(np.abs(image).max())
     drawn = left.imshow(image, aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
     left.set_yticks(range(n), [f"... plays {sport}" for sport in SPORTS])
-    left.set_xticks(np.arange(n) * shown + (shown - 1) / 2, SPORTS)
+    left.set_xticks(np.arange(n) * shown + (shown - 1) / 2, SPORTS, rotation=45, ha="right", rotation_mode="anchor")
     left.set_xlabel(f"the {shown} strongest neurons of each sport")
     left.tick_params(length=0)
     for edge in range(1, n):
         left.axvline(edge * shown - 0.5, color="0.6", linewidth=0.8)
-    left.set_title(
-        "Where a sport's neurons write: mean contribution to the right answer's logit", loc="left", fontsize=10
-    )
-    figure.colorbar(drawn, ax=left, pad=0.01, label="mean activation x direct logit attribution")
+    left.set_title("What each sport's neurons add to the sport's logit", loc="left", fontsize=11)
+    figure.colorbar(drawn, ax=left, pad=0.01, label="activation x direct logit attribution")
 
     bars = (
         ("before", recall.before, "#bdbdbd"),
-        (f"{TOP_NEURONS} random neurons at zero", recall.random, "#8fb58f"),
-        (f"another sport's {TOP_NEURONS} neurons at zero", recall.others, "#4878a8"),
-        (f"the sport's own {TOP_NEURONS} neurons at zero", recall.own, "#c44e52"),
+        (f"{TOP_NEURONS} random neurons off", recall.random, "#8fb58f"),
+        (f"other sports, its {TOP_NEURONS} off", recall.others, "#4878a8"),
+        (f"its own {TOP_NEURONS} off", recall.own, "#c44e52"),
     )
     for i, (label, values, color) in enumerate(bars):
         right.barh(np.arange(n) + (i - 1.5) * 0.2, values, 0.2, color=color, label=f"{label}: mean {values.mean():.2f}")
