@@ -4,7 +4,8 @@ FORMAT.md describes the bytes. Reading needs NumPy, xxhash and zstandard; only w
 """
 
 from .errors import DumpError, DumpInterrupted
-from .reader import Context, Dump, DumpedHook, FeatureStats, VerifyReport, open_dump
+from .reader import Dump, DumpedHook, open_dump
+from .results import Context, FeatureStats, VerifyReport
 
 __all__ = [
     "Context",

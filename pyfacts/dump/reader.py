@@ -9,7 +9,6 @@ import heapq
 import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from .cache import Cache
 from .errors import DumpError
 from .layout import COLUMN_WIDTH, HookSpec
 from .plan import PLAN_FILE, Plan, ShardRecord, record_path
+from .results import Context, FeatureStats, VerifyReport
 from .shard_reader import HookFile, TokensFile, block_starts, verify_hook_file
 from .statistics import new_statistics
 
@@ -49,63 +49,6 @@ def open_dump(path: str | os.PathLike[str], framework: str = "torch") -> "Dump":
     if framework not in ("torch", "numpy"):
         raise ValueError(f"framework must be 'torch' or 'numpy', got {framework!r}")
     return Dump(Path(path), torch_framework() if framework == "torch" else numpy_framework())
-
-
-@dataclass(frozen=True)
-class FeatureStats:
-    """Statistics of every feature over the committed tokens: NumPy arrays [n_features].
-
-    Attributes:
-        n_tokens: tokens they are taken over.
-        nnz: int64, how often the feature is stored.
-        sum, sum_sq: float64, of its stored values and their squares.
-        max: float32, the largest stored value, -inf where there is none; NaN does not count.
-    """
-
-    n_tokens: int
-    nnz: np.ndarray
-    sum: np.ndarray
-    sum_sq: np.ndarray
-    max: np.ndarray
-
-    @property
-    def density(self) -> np.ndarray:
-        """Share of the tokens at which each feature is stored."""
-        return self.nnz / max(1, self.n_tokens)
-
-
-@dataclass(frozen=True)
-class Context:
-    """A token at which a neuron fires, and the tokens around it in the same document.
-
-    Attributes:
-        token_index: the token's index in the dump.
-        value: the neuron's value there.
-        document, position: where the token stands in the input.
-        start: index in the dump of the first token below; the firing one is number token_index - start.
-        token_ids: int64 [n] array.
-        values: float32 [n] array, the neuron's value at each of them, 0 where nothing is stored.
-    """
-
-    token_index: int
-    value: float
-    document: int
-    position: int
-    start: int
-    token_ids: Any
-    values: Any
-
-
-@dataclass(frozen=True)
-class VerifyReport:
-    """What `Dump.verify` has read and found right."""
-
-    complete: bool
-    n_shards: int
-    n_files: int
-    n_tokens: int
-    n_bytes: int
-    nnz: dict[str, int]
 
 
 class Dump:

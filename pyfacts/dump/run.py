@@ -1,16 +1,10 @@
 """`pyfacts.dump`: runs a model over tokens and writes what its hooks carry, shard by shard, resumable at any point."""
 
-import contextlib
-import errno
 import functools
-import inspect
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -18,23 +12,31 @@ import torch
 import zstandard
 from torch import Tensor, nn
 
-from .. import __version__, _storage
+from .. import __version__
 from ..capture import DENSE_ABOVE
-from ..encoding import EncodedActivations, _sq_norm
-from ..models import HookPoint, resolve_hooks, unwrap
+from ..encoding import EncodedActivations
 from ..stream import ActivationStream
 from . import files, layout
-from .errors import DumpError, DumpInterrupted
+from .arguments import (
+    check_vocabulary,
+    default_context,
+    dumped_points,
+    load_model,
+    load_tokenizer,
+    model_inputs,
+    worker,
+)
+from .blocks import write_block
+from .errors import DumpError
 from .fingerprint import describe_model
 from .inputs import Batch, Survey, Tokens, read_tokens
 from .layout import HookSpec
 from .plan import PLAN_FILE, Plan, ShardRecord, check_same, record_path, shard_name
 from .reader import Dump, open_dump
 from .shard_writer import ShardWriter, WriterThread
+from .surroundings import Signals, caught_signals, disk_errors, evaluating, made_directory
 
-MAX_DEFAULT_CONTEXT = 2048
 _Captured = tuple[Batch, dict[str, Any]]
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @dataclass(frozen=True)
@@ -117,21 +119,21 @@ def dump(
     for argument, value in (("batch_size", batch_size), ("shard_tokens", shard_tokens)):
         if value < 1:
             raise ValueError(f"{argument} must be at least 1, got {value}")
-    worker = _worker(rank, world_size)
-    module, name = _load_model(model)
-    points = _points(module, names_filter)
+    rank, world_size = worker(rank, world_size)
+    module, name = load_model(model)
+    points = dumped_points(module, names_filter)
     root = Path(out)
-    with _made_directory(root):
+    with made_directory(root):
         source = read_tokens(
             tokens,
             root,
-            load_tokenizer=functools.cache(lambda: _load_tokenizer(tokenizer, module, name)),
+            load_tokenizer=functools.cache(lambda: load_tokenizer(tokenizer, module, name)),
             context_size=context_size,
-            default_context_size=_default_context(module),
+            default_context_size=default_context(module),
             token_mask=token_mask,
         )
         survey = source.survey()
-        _check_vocabulary(module, survey.highest_id)
+        check_vocabulary(module, survey.highest_id)
         plan = Plan(
             model=describe_model(module, name),
             tokens={
@@ -153,11 +155,11 @@ def dump(
             created_with={"pyfacts": __version__, "torch": torch.__version__, "zstandard": zstandard.__version__},
         )
         with (
-            _evaluating(module),
-            _signals() as signals,
+            evaluating(module),
+            caught_signals() as signals,
             ActivationStream(module, points, select=select, stop_early=True) as stream,
         ):
-            _Run(root, plan, source, stream, allow_dense, progress, signals).run(worker)
+            _Run(root, plan, source, stream, allow_dense, progress, signals).run(rank, world_size)
     return open_dump(root)
 
 
@@ -172,25 +174,24 @@ class _Run:
         stream: ActivationStream,
         allow_dense: bool,
         progress: Callable[[Progress], None] | None,
-        signals: "_Signals",
+        signals: Signals,
     ) -> None:
         self._root, self._plan, self._tokens, self._stream = root, plan, tokens, stream
         self._allow_dense, self._progress, self._signals = allow_dense, progress, signals
         self._probed: tuple[int, _Captured] | None = None  # the first batch, by its first sequence
         self._projection = (0, 0)
-        self._tokens_done = self._tokens_resumed = self.shards_done = 0
+        self._tokens_done = self._tokens_resumed = self._shards_done = 0
 
-    def run(self, worker: tuple[int, int]) -> None:
-        with _disk_errors(self._root):
+    def run(self, rank: int, world_size: int) -> None:
+        with disk_errors(self._root):
             self._use_links = files.has_hard_links(self._root)
             existing = self._read_plan()
         if existing is not None:
             self._plan = existing
         todo = [shard for shard in range(self._plan.n_shards) if not self._committed(shard)]
-        rank, world_size = worker
         others = [shard for r in range(world_size) if r != rank for shard in reversed(todo[r::world_size])]
         todo = todo[rank::world_size] + others
-        self.shards_done = self.shards_total - len(todo)
+        self._shards_done = self._plan.n_shards - len(todo)
         self._tokens_resumed = self._tokens_done = self._plan.n_tokens - sum(map(self._shard_tokens, todo))
         if todo:
             self._probe(todo[0])
@@ -201,7 +202,7 @@ class _Run:
                 self._tokens_done += self._shard_tokens(shard)
             else:
                 self._write_shard(shard)
-            self.shards_done += 1
+            self._shards_done += 1
             self._report()
         self._sweep()
 
@@ -216,7 +217,7 @@ class _Run:
         return existing
 
     def _write_plan(self) -> None:
-        with _disk_errors(self._root):
+        with disk_errors(self._root):
             draft = self._root / files.unique_name(f".{PLAN_FILE}")
             files.write_durably(draft, self._plan.to_json())
             files.put_if_absent(draft, self._root / PLAN_FILE, use_links=self._use_links)
@@ -246,7 +247,7 @@ class _Run:
 
     def _write_shard(self, shard: int) -> None:
         plan = self._plan
-        with _disk_errors(self._root):
+        with disk_errors(self._root):
             writer = ShardWriter(self._root, plan, shard)
         thread = WriterThread()
         done = self._tokens_done
@@ -254,7 +255,7 @@ class _Run:
             pending: dict[str, list[Any]] = {hook.name: [] for hook in plan.hooks}
             waiting = 0
             for begin, end in self._batches(shard):
-                self._signals.check(self)
+                self._signals.check(self._shards_done, self._plan.n_shards)
                 captured = self._forward(begin, end)
                 if captured is None:
                     continue
@@ -267,7 +268,7 @@ class _Run:
                 self._tokens_done += len(batch.document)
                 self._report()
                 if waiting >= layout.BLOCK_TOKENS or end == plan.sequences[shard + 1]:
-                    thread.submit(functools.partial(_write_block, self._root, writer, plan, pending))
+                    thread.submit(functools.partial(write_block, self._root, writer, plan, pending))
                     pending, waiting = {hook.name: [] for hook in plan.hooks}, 0
                 if self._committed(shard):  # somebody helped
                     thread.wait()
@@ -275,9 +276,9 @@ class _Run:
                     self._tokens_done = done + self._shard_tokens(shard)
                     return
             if waiting:
-                thread.submit(functools.partial(_write_block, self._root, writer, plan, pending))
+                thread.submit(functools.partial(write_block, self._root, writer, plan, pending))
             thread.wait()
-            with _disk_errors(self._root):
+            with disk_errors(self._root):
                 writer.commit(use_links=self._use_links)
         except BaseException:
             thread.close()
@@ -300,7 +301,7 @@ class _Run:
         batch = self._tokens.batch(begin, end)
         if not batch.captured.any():
             return None
-        args, kwargs = _model_inputs(self._stream.model, batch.ids, batch.attention)
+        args, kwargs = model_inputs(self._stream.model, batch.ids, batch.attention)
         parts = self._stream.run(torch.from_numpy(batch.captured), *args, **kwargs)
         n_tokens = len(batch.document)
         for name, part in parts.items():
@@ -314,10 +315,6 @@ class _Run:
     def _shard_tokens(self, shard: int) -> int:
         return self._plan.token_starts[shard + 1] - self._plan.token_starts[shard]
 
-    @property
-    def shards_total(self) -> int:
-        return self._plan.n_shards
-
     def _report(self) -> None:
         if self._progress is not None:
             self._progress(
@@ -325,8 +322,8 @@ class _Run:
                     self._tokens_done,
                     self._plan.n_tokens,
                     self._tokens_resumed,
-                    self.shards_done,
-                    self.shards_total,
+                    self._shards_done,
+                    self._plan.n_shards,
                     *self._projection,
                 )
             )
@@ -357,95 +354,7 @@ class _Run:
                 path.unlink(missing_ok=True)
 
 
-def _write_block(root: Path, writer: ShardWriter, plan: Plan, parts: Mapping[str, list[Any]]) -> None:
-    with _disk_errors(root):
-        for hook in plan.hooks:
-            if hook.kind == "neurons":
-                encodings = [_encoding(part) for part in parts[hook.name]]
-                encoding = encodings[0] if len(encodings) == 1 else _storage.cat(encodings)
-                sq_norm = None
-                if plan.lossy:
-                    sq_norm = torch.cat([_sq_norm(part) for part in parts[hook.name]]).cpu().numpy()
-                writer[hook.name].add_encoding(encoding, sq_norm)
-            else:
-                rows = torch.cat(parts[hook.name]).contiguous()
-                writer[hook.name].add_rows(_bits(rows))
-
-
-def _encoding(enc: EncodedActivations) -> "_storage.Encoding":
-    """The same planes without torch."""
-    return _storage.Encoding(
-        enc.counts.numpy(),
-        enc.index.numpy(),
-        _bits(enc.values),
-        enc.tile_ptr.numpy(),
-        enc.n_features,
-        str(enc.dtype).removeprefix("torch."),
-    )
-
-
-def _bits(x: Tensor) -> np.ndarray:
-    """A tensor's memory as unsigned integers of its item size: NumPy has no bfloat16."""
-    return x.contiguous().view(torch.int16 if x.itemsize == 2 else torch.int32).numpy()
-
-
 # ---- arguments -------------------------------------------------------------------------------------------------------
-
-
-def _load_model(model: Any) -> tuple[nn.Module, str | None]:
-    """Returns the module and its Hugging Face name or directory, if it has one."""
-    if isinstance(model, nn.Module):
-        return model, None
-    if not isinstance(model, str | os.PathLike):
-        raise TypeError(f"model must be an nn.Module or a Hugging Face name or directory, got {type(model).__name__}")
-    import transformers
-
-    name = os.fspath(model)
-    config = transformers.AutoConfig.from_pretrained(name)
-    causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
-    return auto.from_pretrained(name, dtype="auto"), name
-
-
-def _load_tokenizer(tokenizer: Any, model: nn.Module, name: str | None) -> Any:
-    if tokenizer is not None:
-        return tokenizer
-    name = name or getattr(getattr(model, "config", None), "_name_or_path", None)
-    if not name:
-        raise ValueError("tokens: text needs a tokenizer; give `tokenizer=`, or the model by its name or directory")
-    import transformers
-
-    return transformers.AutoTokenizer.from_pretrained(name)
-
-
-def _points(model: nn.Module, names_filter: Any) -> list[HookPoint]:
-    points = resolve_hooks(model, names_filter)
-    decoders = [point.name for point in points if point.stream == "decoder"]
-    if decoders:
-        raise ValueError(
-            f"{decoders[0]} belongs to a decoder that reads tokens of its own, and a dump has one stream of tokens: "
-            "name the encoder's hooks, or use pyfacts.capture"
-        )
-    return points
-
-
-def _default_context(model: nn.Module) -> int:
-    config = getattr(model, "config", None)
-    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "n_ctx"))
-    return min([MAX_DEFAULT_CONTEXT, *(limit for limit in limits if isinstance(limit, int) and limit > 0)])
-
-
-def _check_vocabulary(model: nn.Module, highest_id: int) -> None:
-    try:
-        embeddings = unwrap(model).get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        return
-    n_ids = getattr(embeddings, "num_embeddings", None)
-    if isinstance(n_ids, int) and highest_id >= n_ids:
-        raise ValueError(
-            f"tokens: the token id {highest_id} is beyond the model's vocabulary of {n_ids}; was the text tokenised "
-            "for another model?"
-        )
 
 
 def _shards(survey: Survey, batch_size: int, shard_tokens: int) -> dict[str, tuple[int, ...]]:
@@ -464,48 +373,6 @@ def _shards(survey: Survey, batch_size: int, shard_tokens: int) -> dict[str, tup
         token_starts.append(total)
     sequences[-1] = n_sequences  # batches without any token join the shard before them
     return {"sequences": tuple(sequences), "token_starts": tuple(token_starts)}
-
-
-def _worker(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    """This process's number and how many there are, from the arguments, torchrun or Slurm."""
-    if rank is None and world_size is None:
-        env = os.environ
-        if "RANK" in env and "WORLD_SIZE" in env:
-            rank, world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
-        elif "SLURM_ARRAY_TASK_COUNT" in env:
-            first, step = int(env.get("SLURM_ARRAY_TASK_MIN", 0)), int(env.get("SLURM_ARRAY_TASK_STEP", 1))
-            rank = (int(env["SLURM_ARRAY_TASK_ID"]) - first) // max(1, step)
-            world_size = int(env["SLURM_ARRAY_TASK_COUNT"])
-        elif "SLURM_PROCID" in env and "SLURM_NTASKS" in env:
-            rank, world_size = int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"])
-        else:
-            rank, world_size = 0, 1
-    if rank is None or world_size is None or not 0 <= rank < world_size:
-        raise ValueError(f"rank and world_size go together, with 0 <= rank < world_size; got {rank} and {world_size}")
-    return rank, world_size
-
-
-def _model_inputs(
-    model: nn.Module, ids: np.ndarray, attention: np.ndarray | None
-) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-    """What to call the model with: `input_ids` where it has them, else the ids first."""
-    parameters = inspect.signature(unwrap(model).forward).parameters
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
-    input_ids = torch.from_numpy(ids).to(device)
-    kwargs: dict[str, Any] = {}
-    if attention is not None:
-        if "attention_mask" not in parameters and not takes_any:
-            raise ValueError(
-                "the sequences of a batch differ in length, and the model takes no attention_mask: give sequences of "
-                "one length, or batch_size=1"
-            )
-        kwargs["attention_mask"] = torch.from_numpy(attention).long().to(device)
-    if "use_cache" in parameters:
-        kwargs["use_cache"] = False
-    if "input_ids" in parameters:
-        return (), {"input_ids": input_ids, **kwargs}
-    return (input_ids,), kwargs
 
 
 def _seen(planned: HookSpec, part: EncodedActivations | Tensor) -> HookSpec:
@@ -533,76 +400,3 @@ def _refuse_dense(parts: Mapping[str, Any], n_tokens: int) -> None:
         f"{n_tokens:,} tokens would take {n_bytes / 1e9:,.3g} GB. Keep less with select=pyfacts.topk(k) or "
         "select=pyfacts.min_abs(theta), dump the latents of an SAE, or say allow_dense=True"
     )
-
-
-# ---- surroundings ----------------------------------------------------------------------------------------------------
-
-
-class _Signals:
-    """Remembers SIGTERM and SIGUSR1 until the dump comes by."""
-
-    def __init__(self) -> None:
-        self._received: int | None = None
-
-    def handle(self, signum: int, frame: FrameType | None) -> None:
-        self._received = signum
-
-    def check(self, run: _Run) -> None:
-        if self._received is not None:
-            raise DumpInterrupted(self._received, run.shards_done, run.shards_total)
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[_Signals]:
-    signals = _Signals()
-    previous: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        for name in ("SIGTERM", "SIGUSR1"):
-            if hasattr(signal, name):
-                number = getattr(signal, name)
-                previous[number] = signal.signal(number, signals.handle)
-    try:
-        yield signals
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for every module, and each one's own mode afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextlib.contextmanager
-def _made_directory(root: Path) -> Iterator[None]:
-    """Makes the directory; removes it again if the body fails with nothing in it."""
-    made = not root.exists()
-    with _disk_errors(root):
-        root.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException:
-        if made:
-            with contextlib.suppress(OSError):
-                root.rmdir()
-        raise
-
-
-@contextlib.contextmanager
-def _disk_errors(root: Path) -> Iterator[None]:
-    """Turns what the disk says into a DumpError."""
-    try:
-        yield
-    except OSError as error:
-        reason = "the disk is full" if error.errno in _FULL else str(error)
-        raise DumpError(
-            f"cannot be written: {reason}. Shards that are committed are intact; the same call resumes",
-            path=error.filename or root,
-        ) from error

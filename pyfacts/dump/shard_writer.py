@@ -81,6 +81,7 @@ class HookWriter:
         encoding.add_feature_stats(*self._statistics)
         self.nnz += encoding.nnz
         self.blocks.append(encoding.n_tokens)
+        self._file.start_writeback()
 
     def add_rows(self, rows: np.ndarray) -> None:
         """Appends a block of plain rows: the bits [n_tokens, width]."""
@@ -93,6 +94,7 @@ class HookWriter:
             self._file.add(f"{block}/rows", "U8", (len(stored),), stored)
         self._file.pad(f"{block}/padding")
         self.blocks.append(len(rows))
+        self._file.start_writeback()
 
     def finish(self) -> tuple[int, str]:
         """Writes statistics and header, durably. Returns the file's bytes and its header's digest."""

@@ -2,9 +2,9 @@
 //
 // Every thread of a block is a fiber with a stack of its own. A fiber runs alone until it reaches a collective, where
 // it posts its value and waits; once all lanes of its warp (or threads of its block) wait at that very call site, they
-// go on. The order in which warps and lanes run is shuffled from a seed, and shared memory is poisoned before every
-// block. Threads that diverge around a collective, or that race through shared memory in an order that matters, are so
-// found. Of memory ordering within the hardware it says nothing.
+// go on. A warp runs as far as it can before the next one starts, in an order of warps and lanes shuffled from a seed,
+// and shared memory is poisoned before every block. So threads that diverge around a collective are found, and those
+// that need a barrier which is not there. Of memory ordering within the hardware it says nothing.
 #pragma once
 
 #include <setjmp.h>
@@ -42,7 +42,6 @@ struct Collective {
   const char* file = "";
   int line = 0;
   uint32_t value = 0;
-  int argument = 0;
 };
 
 class Block {
@@ -51,20 +50,21 @@ class Block {
     for (Thread& thread : threads_) thread.stack = std::make_unique<char[]>(kStackBytes);
   }
 
-  // Runs body(thread) in every thread of a block to its end.
+  // Runs body(thread) in every thread of a block to its end: warp after warp, each as far as it gets without the
+  // others.
   void run(std::function<void(int thread)> body) {
     body_ = std::move(body);
     current_ = this;
     for (Thread& thread : threads_) thread.started = thread.done = false, thread.at.kind = Collective::none;
-    std::vector<int> order(threads_.size());
-    std::iota(order.begin(), order.end(), 0);
-    while (std::any_of(threads_.begin(), threads_.end(), [](const Thread& t) { return !t.done; })) {
-      std::shuffle(order.begin(), order.end(), random_);
-      bool moved = false;
-      for (int thread : order) {
-        if (!threads_[thread].done && threads_[thread].at.kind == Collective::none) resume(thread), moved = true;
-      }
-      if (!moved && !release()) fail("deadlock: not all threads reached a collective", 0, 0);
+    const int n = static_cast<int>(threads_.size());
+    std::vector<int> warps(n / kLanes);
+    std::iota(warps.begin(), warps.end(), 0);
+    for (;;) {
+      std::shuffle(warps.begin(), warps.end(), random_);
+      for (int warp : warps) run_warp(warp * kLanes);
+      meet(0, n);
+      if (threads_[0].done) break;
+      take(0, n, &block_values_);
     }
     current_ = nullptr;
   }
@@ -111,32 +111,32 @@ class Block {
     setcontext(&context);
   }
 
-  // Whether the threads [begin, end) all wait at one call site. A finished thread among waiting ones is an error.
-  bool together(int begin, int end) const {
-    const Collective& first = threads_[begin].at;
-    for (int i = begin; i < end; ++i) {
-      const Collective& at = threads_[i].at;
-      if (threads_[i].done != threads_[begin].done) fail("a thread left before a collective", first.line, at.line);
-      if (at.kind != first.kind || at.line != first.line || std::strcmp(at.file, first.file) != 0) return false;
+  // To the warp's next barrier, or its end.
+  void run_warp(int begin) {
+    std::vector<int> lanes(kLanes);
+    std::iota(lanes.begin(), lanes.end(), begin);
+    for (;;) {
+      std::shuffle(lanes.begin(), lanes.end(), random_);
+      for (int thread : lanes) {
+        if (!threads_[thread].done) resume(thread);
+      }
+      meet(begin, begin + kLanes);
+      if (threads_[begin].done || threads_[begin].at.kind == Collective::barrier) return;
+      take(begin, begin + kLanes, &threads_[begin].values);
     }
-    return first.kind != Collective::none;
   }
 
-  bool release() {
-    const int n = static_cast<int>(threads_.size());
-    bool released = false;
-    for (int warp = 0; warp < n; warp += kLanes) {
-      if (threads_[warp].done || threads_[warp].at.kind == Collective::barrier) continue;
-      if (!together(warp, warp + kLanes))
-        fail("lanes of a warp diverge around a collective", threads_[warp].at.line, 0);
-      take(warp, warp + kLanes, &threads_[warp].values);
-      released = true;
+  // The threads [begin, end) must all have ended, or all wait at one call site.
+  void meet(int begin, int end) const {
+    const Thread& first = threads_[begin];
+    for (int i = begin; i < end; ++i) {
+      const Thread& other = threads_[i];
+      if (other.done != first.done) fail("a thread ended before a collective", first.at.line, other.at.line);
+      if (!other.done && (other.at.kind != first.at.kind || other.at.line != first.at.line ||
+                          std::strcmp(other.at.file, first.at.file) != 0)) {
+        fail("threads diverge around a collective", first.at.line, other.at.line);
+      }
     }
-    if (!released && together(0, n)) {
-      take(0, n, &block_values_);
-      released = true;
-    }
-    return released;
   }
 
   void take(int begin, int end, std::vector<uint32_t>* values) {

@@ -1,0 +1,115 @@
+"""What `dump` makes of its arguments: the model, the hooks, the worker's number, and how the model is called."""
+
+import inspect
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..models import HookPoint, resolve_hooks, unwrap
+
+MAX_DEFAULT_CONTEXT = 2048
+
+
+def load_model(model: Any) -> tuple[nn.Module, str | None]:
+    """Returns the module and its Hugging Face name or directory, if it has one."""
+    if isinstance(model, nn.Module):
+        return model, None
+    if not isinstance(model, str | os.PathLike):
+        raise TypeError(f"model must be an nn.Module or a Hugging Face name or directory, got {type(model).__name__}")
+    import transformers
+
+    name = os.fspath(model)
+    config = transformers.AutoConfig.from_pretrained(name)
+    causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
+    return auto.from_pretrained(name, dtype="auto"), name
+
+
+def load_tokenizer(tokenizer: Any, model: nn.Module, name: str | None) -> Any:
+    """The tokenizer that was given, or the one of the model's name or directory."""
+    if tokenizer is not None:
+        return tokenizer
+    name = name or getattr(getattr(model, "config", None), "_name_or_path", None)
+    if not name:
+        raise ValueError("tokens: text needs a tokenizer; give `tokenizer=`, or the model by its name or directory")
+    import transformers
+
+    return transformers.AutoTokenizer.from_pretrained(name)
+
+
+def dumped_points(model: nn.Module, names_filter: Any) -> list[HookPoint]:
+    """The hooks that a filter names, which must read one stream of tokens."""
+    points = resolve_hooks(model, names_filter)
+    decoders = [point.name for point in points if point.stream == "decoder"]
+    if decoders:
+        raise ValueError(
+            f"{decoders[0]} belongs to a decoder that reads tokens of its own, and a dump has one stream of tokens: "
+            "name the encoder's hooks, or use pyfacts.capture"
+        )
+    return points
+
+
+def default_context(model: nn.Module) -> int:
+    """The longest sequence that text is cut into unasked."""
+    config = getattr(model, "config", None)
+    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "n_ctx"))
+    return min([MAX_DEFAULT_CONTEXT, *(limit for limit in limits if isinstance(limit, int) and limit > 0)])
+
+
+def check_vocabulary(model: nn.Module, highest_id: int) -> None:
+    """Raises ValueError if the model has no embedding for a token id: a GPU would only say that it failed."""
+    try:
+        embeddings = unwrap(model).get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return
+    n_ids = getattr(embeddings, "num_embeddings", None)
+    if isinstance(n_ids, int) and highest_id >= n_ids:
+        raise ValueError(
+            f"tokens: the token id {highest_id} is beyond the model's vocabulary of {n_ids}; was the text tokenised "
+            "for another model?"
+        )
+
+
+def worker(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    """This process's number and how many there are, from the arguments, torchrun or Slurm."""
+    if rank is None and world_size is None:
+        env = os.environ
+        if "RANK" in env and "WORLD_SIZE" in env:
+            rank, world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
+        elif "SLURM_ARRAY_TASK_COUNT" in env:
+            first, step = int(env.get("SLURM_ARRAY_TASK_MIN", 0)), int(env.get("SLURM_ARRAY_TASK_STEP", 1))
+            rank = (int(env["SLURM_ARRAY_TASK_ID"]) - first) // max(1, step)
+            world_size = int(env["SLURM_ARRAY_TASK_COUNT"])
+        elif "SLURM_PROCID" in env and "SLURM_NTASKS" in env:
+            rank, world_size = int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"])
+        else:
+            rank, world_size = 0, 1
+    if rank is None or world_size is None or not 0 <= rank < world_size:
+        raise ValueError(f"rank and world_size go together, with 0 <= rank < world_size; got {rank} and {world_size}")
+    return rank, world_size
+
+
+def model_inputs(
+    model: nn.Module, ids: np.ndarray, attention: np.ndarray | None
+) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """What to call the model with: `input_ids` where it has them, else the ids first."""
+    parameters = inspect.signature(unwrap(model).forward).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    input_ids = torch.from_numpy(ids).to(device)
+    kwargs: dict[str, Any] = {}
+    if attention is not None:
+        if "attention_mask" not in parameters and not takes_any:
+            raise ValueError(
+                "the sequences of a batch differ in length, and the model takes no attention_mask: give sequences of "
+                "one length, or batch_size=1"
+            )
+        kwargs["attention_mask"] = torch.from_numpy(attention).long().to(device)
+    if "use_cache" in parameters:
+        kwargs["use_cache"] = False
+    if "input_ids" in parameters:
+        return (), {"input_ids": input_ids, **kwargs}
+    return (input_ids,), kwargs

@@ -1,0 +1,48 @@
+"""From what the model's hooks gave to the blocks of a shard: torch ends here."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import _storage
+from ..encoding import EncodedActivations, _sq_norm
+from .plan import Plan
+from .shard_writer import ShardWriter
+from .surroundings import disk_errors
+
+
+def write_block(root: Path, writer: ShardWriter, plan: Plan, parts: Mapping[str, list[Any]]) -> None:
+    """Writes one block of every hook, from what consecutive batches gave: encodings, or rows [n, width]."""
+    with disk_errors(root):
+        for hook in plan.hooks:
+            if hook.kind == "neurons":
+                encodings = [storage_encoding(part) for part in parts[hook.name]]
+                encoding = encodings[0] if len(encodings) == 1 else _storage.cat(encodings)
+                sq_norm = None
+                if plan.lossy:
+                    sq_norm = torch.cat([_sq_norm(part) for part in parts[hook.name]]).cpu().numpy()
+                writer[hook.name].add_encoding(encoding, sq_norm)
+            else:
+                rows = torch.cat(parts[hook.name]).contiguous()
+                writer[hook.name].add_rows(value_bits(rows))
+
+
+def storage_encoding(enc: EncodedActivations) -> "_storage.Encoding":
+    """The same planes without torch."""
+    return _storage.Encoding(
+        enc.counts.numpy(),
+        enc.index.numpy(),
+        value_bits(enc.values),
+        enc.tile_ptr.numpy(),
+        enc.n_features,
+        str(enc.dtype).removeprefix("torch."),
+    )
+
+
+def value_bits(x: Tensor) -> np.ndarray:
+    """A tensor's memory as unsigned integers of its item size: NumPy has no bfloat16."""
+    return x.contiguous().view(torch.int16 if x.itemsize == 2 else torch.int32).numpy()

@@ -1,0 +1,88 @@
+"""What surrounds a running dump: signals, the model's mode, the directory, and what the disk says."""
+
+import contextlib
+import errno
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from torch import nn
+
+from .errors import DumpError, DumpInterrupted
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class Signals:
+    """Remembers SIGTERM and SIGUSR1 until the dump comes by."""
+
+    def __init__(self) -> None:
+        self._received: int | None = None
+
+    def handle(self, signum: int, frame: FrameType | None) -> None:
+        self._received = signum
+
+    def check(self, shards_done: int, shards_total: int) -> None:
+        """Raises DumpInterrupted if one has come."""
+        if self._received is not None:
+            raise DumpInterrupted(self._received, shards_done, shards_total)
+
+
+@contextlib.contextmanager
+def caught_signals() -> Iterator[Signals]:
+    """Catches the signals in the main thread, where alone that is possible; their handlers come back afterwards."""
+    signals = Signals()
+    previous: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGUSR1"):
+            if hasattr(signal, name):
+                number = getattr(signal, name)
+                previous[number] = signal.signal(number, signals.handle)
+    try:
+        yield signals
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for every module, and each one's own mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextlib.contextmanager
+def made_directory(root: Path) -> Iterator[None]:
+    """Makes the directory; removes it again if the body fails with nothing in it."""
+    made = not root.exists()
+    with disk_errors(root):
+        root.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if made:
+            with contextlib.suppress(OSError):
+                root.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def disk_errors(root: Path) -> Iterator[None]:
+    """Turns what the disk says into a DumpError."""
+    try:
+        yield
+    except OSError as error:
+        reason = "the disk is full" if error.errno in _FULL else str(error)
+        raise DumpError(
+            f"cannot be written: {reason}. Shards that are committed are intact; the same call resumes",
+            path=error.filename or root,
+        ) from error
