@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
 
-.PHONY: setup demo demo-seeds test test-wheel test-slow lint format bench clean
+.PHONY: setup demo demo-seeds test test-slow lint format bench clean
 
 setup: $(VENV)/.built
 $(VENV)/.installed: pyproject.toml requirements-dev.txt
@@ -24,11 +24,6 @@ demo: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto -m "not slow"
-
-# The wheel as users install it: elsewhere, with the source tree out of the way.
-test-wheel: setup
-	rm -rf build/wheel && $(BIN)/pip install --quiet --no-build-isolation --no-deps --target build/wheel .
-	cd build/wheel && PYTHONPATH=. $(abspath $(BIN))/python -P -m pyfacts bench --quick
 
 test-slow: setup
 	$(BIN)/pytest -m slow
