@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
 
-.PHONY: setup demo demo-seeds test test-slow lint format bench clean
+.PHONY: setup demo test test-slow lint format bench clean
 
 setup: $(VENV)/.built
 $(VENV)/.installed: pyproject.toml requirements-dev.txt
