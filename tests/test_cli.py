@@ -171,10 +171,15 @@ def test_errors_are_one_line_that_helps(run: Run, work: Path, arguments: list[st
 def test_an_interrupted_dump_says_how_to_resume_and_does(work: Path, signum: int, code: int) -> None:
     """The signal comes as soon as the first shard is committed; the same command then finishes the dump."""
     out = work / f"interrupted-{signum}"
-    arguments = ["dump", "opt", "text.jsonl", out.name, "--context-size", "8", "--batch-size", "1"]
-    arguments += ["--shard-tokens", "256"]
+    arguments = ["dump", "opt", "text.jsonl", out.name, "--context-size", "16", "--batch-size", "4"]
+    arguments += ["--shard-tokens", "1024"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "pyfacts", *arguments], cwd=work, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "pyfacts", *arguments],
+        cwd=work,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background jobs ignore SIGINT, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not (out / "00000.json").exists():
         assert process.poll() is None, process.stderr.read() if process.stderr else ""
