@@ -16,8 +16,7 @@ using torch::stable::new_empty;
 
 // The planes once `encoder` has seen every row.
 Planes finish(cpu::Encoder& encoder, Tensor counts, const Tensor& like, int64_t n_tokens, int64_t n_features) {
-  Planes planes =
-      empty_planes(std::move(counts), like, n_tokens, n_features, encoder.index_bytes(), encoder.n_values());
+  Planes planes = empty_planes(std::move(counts), empty_tile_ptr(like, n_tokens, n_features), like, encoder.sizes());
   const cpu::Planes out = pointers(planes);
   encoder.finish(out.index, out.values, out.tile_ptr, run_on_torch_threads);
   return planes;
@@ -27,16 +26,31 @@ void append(cpu::Encoder& encoder, const Tensor& rows) {
   encoder.append(rows.const_data_ptr(), rows.stride(0), rows.size(0), run_on_torch_threads);
 }
 
+// x: a matrix with whole rows.
+Planes encode_rows(const Tensor& x, cpu::Keep keep) {
+  const int64_t n_tokens = x.size(0), n_features = x.size(1);
+  const cpu::Dense dense = {dtype_of(x), x.const_data_ptr(), x.stride(0), n_tokens, n_features};
+  Tensor counts = empty_counts(x, n_tokens, n_features);
+  auto* const count_bytes = static_cast<uint8_t*>(counts.mutable_data_ptr());
+  if (!cpu::suits_two_passes(dense, keep)) {
+    cpu::Encoder encoder(dense.dtype, n_tokens, n_features, keep, count_bytes);
+    append(encoder, x);
+    return finish(encoder, std::move(counts), x, n_tokens, n_features);
+  }
+  Tensor tile_ptr = empty_tile_ptr(x, n_tokens, n_features);
+  const cpu::PlaneSizes sizes =
+      cpu::count(dense, keep, count_bytes, static_cast<int64_t*>(tile_ptr.mutable_data_ptr()), run_on_torch_threads);
+  Planes planes = empty_planes(std::move(counts), std::move(tile_ptr), x, sizes);
+  const cpu::Planes out = pointers(planes);
+  STD_TORCH_CHECK(cpu::pack(dense, keep, out.tile_ptr, sizes, out.index, out.values, run_on_torch_threads),
+                  "the matrix changed while it was being encoded");
+  return planes;
+}
+
 Planes encode(const Tensor& x, double min_abs, bool signed_zero) {
   check_matrix(x, "x");
   STD_TORCH_CHECK(min_abs >= 0, "min_abs must be at least 0, got ", min_abs);
-  const int64_t n_tokens = x.size(0), n_features = x.size(1);
-  const Tensor rows = n_features > 1 && x.stride(1) != 1 ? contiguous(x) : x;
-  Tensor counts = empty_counts(x, n_tokens, n_features);
-  cpu::Encoder encoder(dtype_of(x), n_tokens, n_features, {min_abs, signed_zero},
-                       static_cast<uint8_t*>(counts.mutable_data_ptr()));
-  append(encoder, rows);
-  return finish(encoder, std::move(counts), x, n_tokens, n_features);
+  return encode_rows(x.size(1) > 1 && x.stride(1) != 1 ? contiguous(x) : x, {min_abs, signed_zero});
 }
 
 void decode_out(const Tensor& counts, const Tensor& index, const Tensor& values, const Tensor& tile_ptr,
@@ -71,22 +85,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_relu_encode(const Tens
   check_matrix(weight, "weight");
   const int64_t n_tokens = x.size(0), n_features = weight.size(0);
   STD_TORCH_CHECK(x.scalar_type() == weight.scalar_type(), "x and weight must have one dtype");
-  Tensor counts = empty_counts(x, n_tokens, n_features);
-  Tensor dense = new_empty(x, {return_dense ? n_tokens : 0, n_features}, x.scalar_type());
-  cpu::Encoder encoder(dtype_of(x), n_tokens, n_features, {}, static_cast<uint8_t*>(counts.mutable_data_ptr()));
+  const auto results = [](Tensor dense, Planes planes) {
+    return std::tuple_cat(std::make_tuple(std::move(dense)), std::move(planes));
+  };
   if (return_dense) {
-    dense = relu_(linear(x, weight, bias));
-    append(encoder, dense);
-  } else {
-    const int64_t step = block_tokens(n_features, item_bytes(dtype_of(x)));
-    for (int64_t start = 0; start < n_tokens; start += step) {
-      Tensor rows = x;
-      append(encoder,
-             relu_(linear(torch::stable::narrow(rows, 0, start, std::min(step, n_tokens - start)), weight, bias)));
-    }
+    Tensor dense = relu_(linear(x, weight, bias));
+    Planes planes = encode_rows(dense, {});
+    return results(std::move(dense), std::move(planes));
   }
-  auto [c, index, values, tile_ptr] = finish(encoder, std::move(counts), x, n_tokens, n_features);
-  return {std::move(dense), std::move(c), std::move(index), std::move(values), std::move(tile_ptr)};
+  Tensor counts = empty_counts(x, n_tokens, n_features);
+  cpu::Encoder encoder(dtype_of(x), n_tokens, n_features, {}, static_cast<uint8_t*>(counts.mutable_data_ptr()));
+  const int64_t step = block_tokens(n_features, item_bytes(dtype_of(x)));
+  for (int64_t start = 0; start < n_tokens; start += step) {
+    Tensor rows = x;
+    append(encoder,
+           relu_(linear(torch::stable::narrow(rows, 0, start, std::min(step, n_tokens - start)), weight, bias)));
+  }
+  return results(new_empty(x, {0, n_features}, x.scalar_type()),
+                 finish(encoder, std::move(counts), x, n_tokens, n_features));
 }
 
 Planes slice(const Tensor& counts, const Tensor& index, const Tensor& values, const Tensor& tile_ptr,
@@ -95,9 +111,9 @@ Planes slice(const Tensor& counts, const Tensor& index, const Tensor& values, co
   STD_TORCH_CHECK(0 <= start && start <= stop && stop <= encoding.n_tokens, "tokens [", start, ", ", stop,
                   ") out of range for ", encoding.n_tokens, " tokens");
   check_status(cpu::check_layout(encoding, run_on_torch_threads));
-  int64_t index_bytes = 0, n_values = 0;
-  check_status(cpu::slice_sizes(encoding, start, stop, &index_bytes, &n_values));
-  Planes out = empty_planes(values, stop - start, n_features, index_bytes, n_values);
+  cpu::PlaneSizes sizes = {0, 0};
+  check_status(cpu::slice_sizes(encoding, start, stop, &sizes.index_bytes, &sizes.n_values));
+  Planes out = empty_planes(values, stop - start, n_features, sizes);
   check_status(cpu::slice(encoding, start, stop, pointers(out), run_on_torch_threads));
   return out;
 }
@@ -108,16 +124,17 @@ Planes cat(std::vector<Tensor> counts, std::vector<Tensor> index, std::vector<Te
                       counts.size() == tile_ptr.size(),
                   "cat needs the four planes of at least one encoding");
   std::vector<cpu::Encoding> encodings;
-  int64_t n_tokens = 0, index_bytes = 0, n_values = 0;
+  int64_t n_tokens = 0;
+  cpu::PlaneSizes sizes = {0, 0};
   for (size_t i = 0; i < counts.size(); ++i) {
     encodings.push_back(view(counts[i], index[i], values[i], tile_ptr[i], n_features));
     STD_TORCH_CHECK(encodings[i].dtype == encodings[0].dtype, "cat needs encodings of one dtype");
     check_status(cpu::check_layout(encodings[i], run_on_torch_threads));
     n_tokens += encodings[i].n_tokens;
-    index_bytes += encodings[i].index_bytes;
-    n_values += encodings[i].n_values;
+    sizes.index_bytes += encodings[i].index_bytes;
+    sizes.n_values += encodings[i].n_values;
   }
-  Planes out = empty_planes(values[0], n_tokens, n_features, index_bytes, n_values);
+  Planes out = empty_planes(values[0], n_tokens, n_features, sizes);
   check_status(cpu::cat(encodings.data(), static_cast<int64_t>(encodings.size()), pointers(out), run_on_torch_threads));
   return out;
 }

@@ -72,18 +72,20 @@ inline Tensor empty_counts(const Tensor& like, int64_t n_tokens, int64_t n_featu
   return torch::stable::new_empty(like, {n_columns(n_features), n_tokens}, ScalarType::Byte);
 }
 
-// The planes around `counts`, once the sizes are known.
-inline Planes empty_planes(Tensor counts, const Tensor& like, int64_t n_tokens, int64_t n_features, int64_t index_bytes,
-                           int64_t n_values) {
-  using torch::stable::new_empty;
-  return {std::move(counts), new_empty(like, {index_bytes}, ScalarType::Byte),
-          new_empty(like, {n_values}, like.scalar_type()),
-          new_empty(like, {n_columns(n_features), n_tiles(n_tokens), 2}, ScalarType::Long)};
+inline Tensor empty_tile_ptr(const Tensor& like, int64_t n_tokens, int64_t n_features) {
+  return torch::stable::new_empty(like, {n_columns(n_features), n_tiles(n_tokens), 2}, ScalarType::Long);
 }
 
-inline Planes empty_planes(const Tensor& like, int64_t n_tokens, int64_t n_features, int64_t index_bytes,
-                           int64_t n_values) {
-  return empty_planes(empty_counts(like, n_tokens, n_features), like, n_tokens, n_features, index_bytes, n_values);
+// The planes around `counts` and `tile_ptr`, once the sizes are known.
+inline Planes empty_planes(Tensor counts, Tensor tile_ptr, const Tensor& like, cpu::PlaneSizes sizes) {
+  using torch::stable::new_empty;
+  return {std::move(counts), new_empty(like, {sizes.index_bytes}, ScalarType::Byte),
+          new_empty(like, {sizes.n_values}, like.scalar_type()), std::move(tile_ptr)};
+}
+
+inline Planes empty_planes(const Tensor& like, int64_t n_tokens, int64_t n_features, cpu::PlaneSizes sizes) {
+  return empty_planes(empty_counts(like, n_tokens, n_features), empty_tile_ptr(like, n_tokens, n_features), like,
+                      sizes);
 }
 
 inline cpu::Planes pointers(const Planes& planes) {

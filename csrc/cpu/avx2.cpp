@@ -23,6 +23,7 @@ __m256i load256(const uint8_t* bytes) { return _mm256_loadu_si256(reinterpret_ca
 void store256(uint8_t* bytes, __m256i x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(bytes), x); }
 
 struct Avx2 {
+  static constexpr int64_t kFew = 12;
   static void flush() {}
 
   static void clear(uint8_t* out, int64_t n_bytes) {
@@ -76,14 +77,11 @@ struct Avx2 {
   }
 
   template <typename T, bool plain>
-  static void make_bitmap(const uint8_t* x, const Predicate& p, const uint8_t* ahead, uint64_t* words) {
+  static void make_bitmap(const uint8_t* x, const Predicate& p, uint64_t* words) {
     constexpr int64_t kHalfWordBytes = 32 * sizeof(T);
     for (int64_t i = 0; i < 4; ++i) {
       const uint8_t* at = x + 2 * i * kHalfWordBytes;
       words[i] = bitmap32<T, plain>(at, p) | uint64_t{bitmap32<T, plain>(at + kHalfWordBytes, p)} << 32;
-      for (int64_t line = 0; line < 2 * kHalfWordBytes; line += kLineBytes) {
-        _mm_prefetch(reinterpret_cast<const char*>(ahead + 2 * i * kHalfWordBytes + line), _MM_HINT_T0);
-      }
     }
   }
 
@@ -155,7 +153,6 @@ struct Avx2 {
 
 }  // namespace
 
-const Kernels kKernelsAvx2 = {"avx2", encode<Avx2, uint16_t>, encode<Avx2, uint32_t>, decode<Avx2, uint16_t>,
-                              decode<Avx2, uint32_t>};
+const Kernels kKernelsAvx2 = make_kernels<Avx2>("avx2");
 
 }  // namespace pyfacts::cpu

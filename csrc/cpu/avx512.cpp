@@ -9,6 +9,7 @@ namespace pyfacts::cpu {
 namespace {
 
 struct Avx512 : Avx512Common {
+  static constexpr int64_t kFew = 12;
   template <typename T>
   static void pack(const uint8_t* x, const uint64_t* words, uint8_t* values) {
     if constexpr (sizeof(T) == 4) {
@@ -79,7 +80,6 @@ struct Avx512 : Avx512Common {
 
 }  // namespace
 
-const Kernels kKernelsAvx512 = {"avx512", encode<Avx512, uint16_t>, encode<Avx512, uint32_t>, decode<Avx512, uint16_t>,
-                                decode<Avx512, uint32_t>};
+const Kernels kKernelsAvx512 = make_kernels<Avx512>("avx512");
 
 }  // namespace pyfacts::cpu

@@ -13,9 +13,9 @@ struct Avx512Common {
   static void clear(uint8_t* out, int64_t n_bytes) {
     for (int64_t i = 0; i < n_bytes; i += 64) _mm512_storeu_si512(out + i, _mm512_setzero_si512());
   }
-  static void move_line(const uint8_t* from, uint8_t* to) { _mm512_store_si512(to, _mm512_load_si512(from)); }
+  static void move_line(const uint8_t* from, uint8_t* to) { _mm512_store_si512(to, _mm512_loadu_si512(from)); }
   static void stream_line(const uint8_t* from, uint8_t* to) {
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_load_si512(from));
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
   }
   static void end_streaming() { _mm_sfence(); }
 
@@ -35,14 +35,13 @@ struct Avx512Common {
   }
 
   template <typename T, bool plain>
-  static void make_bitmap(const uint8_t* x, const Predicate& p, const uint8_t* ahead, uint64_t* words) {
+  static void make_bitmap(const uint8_t* x, const Predicate& p, uint64_t* words) {
     constexpr int64_t kLanes = 64 / sizeof(T);
     for (int64_t i = 0; i < 4; ++i) {
       words[i] = 0;
       for (int64_t lane = 0; lane < 64; lane += kLanes) {
         const int64_t at = (64 * i + lane) * sizeof(T);
         words[i] |= stored<T, plain>(_mm512_loadu_si512(x + at), p) << lane;
-        _mm_prefetch(reinterpret_cast<const char*>(ahead + at), _MM_HINT_T0);
       }
     }
   }

@@ -16,9 +16,6 @@
 namespace pyfacts::cpu {
 namespace {
 
-// From this size on, the output goes past the caches: it would only push out what is in them.
-constexpr int64_t kStreamBytes = int64_t{8} << 20;
-
 // The read position in a plane of one column's run. Kernels read up to kSlackBytes beyond a run; near the end of the
 // plane, where that would leave it, the run moves to memory of its own.
 class RunReader {

@@ -1,39 +1,16 @@
-// Encodes a dense row-major matrix column by column, reading it once and row by row.
-//
-// A task packs a tile: 128 tokens of a group of 16 columns. The kernel walks the rows and appends each segment to its
-// column's run in a scratch slab, whose 32 write streams stay in the cache; the runs are then moved, end to end, to
-// staging slabs, and finish() copies them to their places once the sizes of all columns are known.
-//
-// Floor: reading the input once, 14.5 ms for 4096 x 16384 bf16 on one core of a Cascade Lake at 2.5 GHz, where memcpy
-// of it takes 26.8 ms. Predicted 1.7 x memcpy while packing (70-100 cycles a segment) hides behind the reads; measured
-// into touched memory with AVX-512 at 1, 3, 10, 50 %: 1.72, 1.48, 1.12, 0.52 x (fp32 1.68, 1.53, 1.05, 0.54 x). At 50 %
-// the packed data, half the input, moves three times: scratch, staging, output. Streaming
-// stores for those copies were no faster, prefetching into L2 only was slower. fp32 ratios up to 10 % are with fresh
-// output.
-#include <cstring>
+// Encodes rows as they come, each read once: a tile is packed in the cache (tile_packer.h), its runs move, end to end,
+// to staging slabs, and finish() copies them to their places once the sizes of all columns are known.
 #include <mutex>
 #include <vector>
 
-#include "../predicate.h"
-#include "dispatch.h"
-#include "encoding.h"
-#include "memory.h"
 #include "parallel.h"
+#include "tile_packer.h"
 
 namespace pyfacts::cpu {
 namespace {
 
-// Room for one column of a tile in a scratch slab, whatever its density. The pad, 65 cache lines, puts the write
-// positions of the columns into different sets of L1, and spreads their runs over those of L2 (16 x 4160 bytes > 64
-// KiB).
-constexpr int64_t kStridePad = 4160;
-constexpr int64_t kIndexStride = kTileTokens * (kColumnWidth / 8) + kStridePad;
-constexpr int64_t value_stride(int64_t item) { return kTileTokens * kColumnWidth * item + kStridePad; }
-static_assert(kStridePad >= kSlackBytes);
-static_assert(kGroupColumns * (kIndexStride + value_stride(4)) <= kSlabBytes);
-
 // One column of one tile in staging memory: its values, then its index.
-struct Run {
+struct StagedRun {
   const uint8_t* data;
   uint32_t value_bytes;
   uint32_t index_bytes;
@@ -45,25 +22,19 @@ struct Staging {
   int64_t used;
 };
 
-// counts [n_columns, n_tokens] <- tile [n_rows, kGroupColumns]
-void scatter_counts(const uint8_t* tile, int64_t n_rows, int64_t n_columns, uint8_t* counts, int64_t n_tokens) {
-  for (int64_t c = 0; c < n_columns; ++c) {
-    for (int64_t row = 0; row < n_rows; ++row) counts[c * n_tokens + row] = tile[row * kGroupColumns + c];
-  }
-}
-
 }  // namespace
 
 struct Encoder::State {
   DType dtype;
   int64_t n_tokens;
   int64_t n_features;
-  Predicate predicate;
+  Keep keep;
   uint8_t* counts;
+  bool stream;  // whether staging goes past the caches, as most of it will have left them when finish() comes
   int64_t tokens_done = 0;
   int64_t total_index_bytes = 0;
   int64_t total_value_bytes = 0;
-  std::vector<Run> runs;  // [n_columns, n_tiles]
+  std::vector<StagedRun> runs;  // [n_columns, n_tiles]
 
   std::mutex mutex;             // guards what follows
   std::vector<uint8_t*> slabs;  // all staging slabs
@@ -72,10 +43,6 @@ struct Encoder::State {
   ~State() {
     for (uint8_t* slab : slabs) return_slab(slab);
   }
-
-  int64_t columns() const { return n_columns(n_features); }
-  int64_t tiles() const { return n_tiles(n_tokens); }
-  int64_t groups() const { return ceil_div(columns(), kGroupColumns); }
 
   Staging take_staging() {
     std::lock_guard<std::mutex> lock(mutex);
@@ -94,105 +61,69 @@ struct Encoder::State {
     open.push_back(staging);
   }
 
-  // Moves one column's run out of scratch.
-  Run stage(const uint8_t* values, int64_t value_bytes, const uint8_t* index, int64_t index_bytes, Staging* staging) {
-    if (staging->used + value_bytes + index_bytes > kSlabBytes) *staging = take_staging_for(value_bytes + index_bytes);
+  StagedRun stage(const PackedRun& run, Staging* staging) {
+    const int64_t n_bytes = run.value_bytes + run.index_bytes;
+    while (staging->used + n_bytes > kSlabBytes) *staging = take_staging();  // a full slab stays in `slabs`
     uint8_t* data = staging->slab + staging->used;
-    std::memcpy(data, values, value_bytes);
-    std::memcpy(data + value_bytes, index, index_bytes);
-    staging->used += value_bytes + index_bytes;
-    return {data, static_cast<uint32_t>(value_bytes), static_cast<uint32_t>(index_bytes)};
+    move_out(run.values, data, run.value_bytes, stream);
+    move_out(run.index, data + run.value_bytes, run.index_bytes, stream);
+    staging->used += n_bytes;
+    return {data, static_cast<uint32_t>(run.value_bytes), static_cast<uint32_t>(run.index_bytes)};
   }
-
-  Staging take_staging_for(int64_t n_bytes) {
-    Staging staging = take_staging();
-    while (staging.used + n_bytes > kSlabBytes) staging = take_staging();  // a full slab stays in `slabs`
-    return staging;
-  }
-
-  void encode_tile(const uint8_t* rows, int64_t row_bytes, int64_t n_rows, int64_t first_token, int64_t group,
-                   uint8_t* scratch, Staging* staging);
 };
-
-// rows: the tile's first row, from feature 0 on.
-void Encoder::State::encode_tile(const uint8_t* rows, int64_t row_bytes, int64_t n_rows, int64_t first_token,
-                                 int64_t group, uint8_t* scratch, Staging* staging) {
-  const int64_t item = item_bytes(dtype);
-  const int64_t first_column = group * kGroupColumns;
-  const int64_t n = columns() - first_column < kGroupColumns ? columns() - first_column : kGroupColumns;
-  uint8_t* const value_area = scratch;
-  uint8_t* const index_area = scratch + kGroupColumns * value_stride(item);
-  uint8_t* index[kGroupColumns];
-  uint8_t* values[kGroupColumns];
-  for (int64_t c = 0; c < n; ++c) {
-    index[c] = index_area + c * kIndexStride;
-    values[c] = value_area + c * value_stride(item);
-  }
-  alignas(64) uint8_t tile_counts[kTileTokens * kGroupColumns];
-  const EncodeTile tile = {rows + first_column * kColumnWidth * item,
-                           row_bytes,
-                           n_rows,
-                           n,
-                           column_width(n_features, first_column + n - 1),
-                           predicate,
-                           tile_counts,
-                           index,
-                           values};
-  (item == 4 ? kernels().encode32 : kernels().encode16)(tile);
-
-  scatter_counts(tile_counts, n_rows, n, counts + first_column * n_tokens + first_token, n_tokens);
-  for (int64_t c = 0; c < n; ++c) {
-    const uint8_t* index_start = index_area + c * kIndexStride;
-    const uint8_t* values_start = value_area + c * value_stride(item);
-    runs[(first_column + c) * tiles() + first_token / kTileTokens] =
-        stage(values_start, values[c] - values_start, index_start, index[c] - index_start, staging);
-  }
-}
 
 Encoder::Encoder(DType dtype, int64_t n_tokens, int64_t n_features, Keep keep, uint8_t* counts)
     : state_(std::make_unique<State>()) {
   state_->dtype = dtype;
   state_->n_tokens = n_tokens;
   state_->n_features = n_features;
-  state_->predicate = make_predicate(dtype, keep.min_abs, keep.signed_zero);
+  state_->keep = keep;
   state_->counts = counts;
-  state_->runs.resize(state_->columns() * state_->tiles());
+  state_->stream = n_tokens * n_features * item_bytes(dtype) >= kStreamBytes;
+  state_->runs.resize(n_columns(n_features) * n_tiles(n_tokens));
 }
 
 Encoder::~Encoder() = default;
 
 void Encoder::append(const void* rows, int64_t row_stride, int64_t n_rows, ParallelFor parallel_for) {
   State& s = *state_;
-  const uint8_t* const first_row = static_cast<const uint8_t*>(rows);
-  const int64_t row_bytes = row_stride * item_bytes(s.dtype);
-  const int64_t first_token = s.tokens_done;
-  parallel(n_tiles(n_rows) * s.groups(), parallel_for, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<uint8_t, void (*)(uint8_t*)> scratch(take_slab(), return_slab);
+  const DenseGroups groups({s.dtype, rows, row_stride, n_rows, s.n_features}, s.keep);
+  const int64_t tiles = n_tiles(s.n_tokens);
+  const int64_t first_tile = s.tokens_done / kTileTokens;
+  parallel(groups.tasks(), parallel_for, [&](int64_t begin, int64_t end) {
+    TilePacker packer;
     Staging staging = s.take_staging();
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t row = task / s.groups() * kTileTokens;
-      const int64_t n = n_rows - row < kTileTokens ? n_rows - row : kTileTokens;
-      s.encode_tile(first_row + row * row_bytes, row_bytes, n, first_token + row, task % s.groups(), scratch.get(),
-                    &staging);
+      const int64_t first_column = groups.first_column_of(task);
+      const int64_t tile = first_tile + groups.tile_of(task);
+      const DenseTile x = groups.group(task);
+      packer.pack(x, groups.item());
+      scatter_counts(packer.counts(), kGroupColumns, x.n_rows, x.n_columns,
+                     s.counts + first_column * s.n_tokens + tile * kTileTokens, s.n_tokens);
+      for (int64_t c = 0; c < x.n_columns; ++c) {
+        s.runs[(first_column + c) * tiles + tile] = s.stage(packer.run(c), &staging);
+      }
     }
+    if (s.stream) kernels().fence();
     s.return_staging(staging);
   });
-  for (int64_t column = 0; column < s.columns(); ++column) {
-    const Run* runs = s.runs.data() + column * s.tiles() + first_token / kTileTokens;
-    for (int64_t tile = 0; tile < n_tiles(n_rows); ++tile) {
-      s.total_index_bytes += runs[tile].index_bytes;
-      s.total_value_bytes += runs[tile].value_bytes;
+  for (int64_t column = 0; column < groups.columns(); ++column) {
+    for (int64_t tile = first_tile; tile < first_tile + n_tiles(n_rows); ++tile) {
+      s.total_index_bytes += s.runs[column * tiles + tile].index_bytes;
+      s.total_value_bytes += s.runs[column * tiles + tile].value_bytes;
     }
   }
   s.tokens_done += n_rows;
 }
 
-int64_t Encoder::index_bytes() const { return state_->total_index_bytes; }
-int64_t Encoder::n_values() const { return state_->total_value_bytes / item_bytes(state_->dtype); }
+PlaneSizes Encoder::sizes() const {
+  return {state_->total_index_bytes, state_->total_value_bytes / item_bytes(state_->dtype)};
+}
 
 void Encoder::finish(uint8_t* index, void* values, int64_t* tile_ptr, ParallelFor parallel_for) {
   const State& s = *state_;
   const int64_t item = item_bytes(s.dtype);
+  const bool stream = s.total_index_bytes + s.total_value_bytes >= kStreamBytes;
   int64_t index_start = 0;
   int64_t value_start = 0;
   for (size_t run = 0; run < s.runs.size(); ++run) {
@@ -205,10 +136,11 @@ void Encoder::finish(uint8_t* index, void* values, int64_t* tile_ptr, ParallelFo
   advise_huge_pages(values, s.total_value_bytes);
   parallel(static_cast<int64_t>(s.runs.size()), parallel_for, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const Run& run = s.runs[i];
-      std::memcpy(static_cast<uint8_t*>(values) + tile_ptr[2 * i + 1] * item, run.data, run.value_bytes);
-      std::memcpy(index + tile_ptr[2 * i], run.data + run.value_bytes, run.index_bytes);
+      const StagedRun& run = s.runs[i];
+      move_out(run.data, static_cast<uint8_t*>(values) + tile_ptr[2 * i + 1] * item, run.value_bytes, stream);
+      move_out(run.data + run.value_bytes, index + tile_ptr[2 * i], run.index_bytes, stream);
     }
+    if (stream) kernels().fence();
   });
 }
 

@@ -66,7 +66,21 @@ struct Keep {
   bool signed_zero = false;
 };
 
-// Encodes a matrix whose rows arrive in order and whose packed size is not known beforehand.
+// A dense matrix [n_tokens, n_features]: unit feature stride, `row_stride` elements between rows, any alignment.
+struct Dense {
+  DType dtype;
+  const void* data;
+  int64_t row_stride;
+  int64_t n_tokens;
+  int64_t n_features;
+};
+
+struct PlaneSizes {
+  int64_t index_bytes;
+  int64_t n_values;
+};
+
+// Encodes a matrix whose rows arrive in order and whose packed size is not known beforehand; each is read once.
 // append() packs rows into staging memory, in parallel over tiles; finish() lays the columns out.
 class Encoder {
  public:
@@ -76,8 +90,7 @@ class Encoder {
   // rows: [n_rows, n_features], unit feature stride, `row_stride` elements between rows (any alignment).
   // n_rows is a multiple of kTileTokens, but for the last call.
   void append(const void* rows, int64_t row_stride, int64_t n_rows, ParallelFor parallel_for);
-  int64_t index_bytes() const;
-  int64_t n_values() const;
+  PlaneSizes sizes() const;
   // Writes index, values and tile_ptr once all n_tokens rows have come.
   void finish(uint8_t* index, void* values, int64_t* tile_ptr, ParallelFor parallel_for);
 
@@ -85,6 +98,15 @@ class Encoder {
   struct State;
   std::unique_ptr<State> state_;
 };
+
+// The same bytes for a matrix that is all there, which is read twice: count() writes counts and tile_ptr and returns
+// the sizes of the other planes, pack() writes those. pack() is false if the matrix has changed since in its sizes; the
+// planes are then worthless.
+PlaneSizes count(const Dense& x, Keep keep, uint8_t* counts, int64_t* tile_ptr, ParallelFor parallel_for);
+bool pack(const Dense& x, Keep keep, const int64_t* tile_ptr, PlaneSizes sizes, uint8_t* index, void* values,
+          ParallelFor parallel_for);
+// Whether these two passes are faster than an Encoder, by the matrix's size and by the density of some of its rows.
+bool suits_two_passes(const Dense& x, Keep keep);
 
 // Checks counts, plane sizes and tile_ptr against each other: after it, every segment lies in bounds.
 Status check_layout(const Encoding& encoding, ParallelFor parallel_for);
@@ -115,10 +137,6 @@ Status slice(const Encoding& encoding, int64_t start, int64_t stop, const Planes
 
 // Stacks encodings of equal dtype and n_features by token. Sizes add up.
 Status cat(const Encoding* encodings, int64_t n_encodings, const Planes& out, ParallelFor parallel_for);
-
-// Adds to per-feature statistics [n_features] of the stored values: how many, their sum, sum of squares, and maximum
-// (NaN counts in nnz and sum, never in the maximum).
-Status add_feature_stats(const Encoding& encoding, int64_t* nnz, double* sum, double* sum_sq, float* maximum);
 
 // The instruction set in use: "scalar", "avx2", "avx512" or "avx512vbmi2"; PYFACTS_ISA forces one.
 const char* isa();

@@ -18,13 +18,23 @@ constexpr int64_t kGroupColumns = 16;
 // Kernels may write this far beyond a run that they pack, and read this far beyond a run that they unpack.
 constexpr int64_t kSlackBytes = 64;
 
-struct EncodeTile {
+struct DenseTile {
   const uint8_t* rows;  // [n_rows, ...] any alignment
   int64_t row_bytes;    // from one row to the next
   int64_t n_rows;       // <= kTileTokens
-  int64_t n_columns;    // <= kGroupColumns
-  int64_t last_width;   // width of the last of these columns; 256 of the others
+  int64_t n_columns;
+  int64_t last_width;  // width of the last of these columns; 256 of the others
   Predicate predicate;
+};
+
+struct CountTile {
+  DenseTile x;        // whole rows are read fastest
+  uint8_t* counts;    // [n_rows, n_columns] out
+  int64_t* n_values;  // [n_columns] out: a count byte of 255 may stand for 256
+};
+
+struct EncodeTile {
+  DenseTile x;       // n_columns <= kGroupColumns
   uint8_t* counts;   // [n_rows, kGroupColumns] out
   uint8_t** index;   // [n_columns] write cursors, advanced
   uint8_t** values;  // [n_columns]
@@ -47,10 +57,15 @@ struct DecodeTile {
 // decode returns false if a segment breaks the format; scalar code then finds out which and why.
 struct Kernels {
   const char* name;
+  void (*count16)(const CountTile& tile);
+  void (*count32)(const CountTile& tile);
   void (*encode16)(const EncodeTile& tile);
   void (*encode32)(const EncodeTile& tile);
   bool (*decode16)(const DecodeTile& tile);
   bool (*decode32)(const DecodeTile& tile);
+  // memcpy past the caches; fence() makes what was copied visible to other threads.
+  void (*stream)(const uint8_t* from, uint8_t* to, int64_t n_bytes);
+  void (*fence)();
 };
 
 extern const Kernels kKernelsScalar;

@@ -8,6 +8,9 @@ namespace pyfacts::cpu {
 
 constexpr int64_t kSlabBytes = int64_t{4} << 20;
 
+// From this size on, an output goes past the caches: it would only push out what is in them.
+constexpr int64_t kStreamBytes = int64_t{8} << 20;
+
 // A slab of kSlabBytes from a process-wide pool, on huge pages where the system grants them. Contents are arbitrary.
 // Throws std::bad_alloc.
 uint8_t* take_slab();

@@ -15,6 +15,8 @@ T load(const uint8_t* bytes) {
 
 bool is_stored(uint32_t bits, const Predicate& p) { return (bits & p.mask) > p.floor || bits == p.also; }
 
+uint8_t count_byte(int64_t n) { return static_cast<uint8_t>(n < kCountSaturated ? n : kCountSaturated); }
+
 // Packs one segment; returns its count byte.
 template <typename T>
 uint8_t encode_segment(const uint8_t* x, int64_t width, const Predicate& p, uint8_t*& index, uint8_t*& values) {
@@ -37,19 +39,36 @@ uint8_t encode_segment(const uint8_t* x, int64_t width, const Predicate& p, uint
     index += bitmap;
   }
   values += n * sizeof(T);
-  return static_cast<uint8_t>(n < kCountSaturated ? n : kCountSaturated);
+  return count_byte(n);
+}
+
+// body(segment, width, row, column) for all segments of a tile.
+template <typename T, typename Body>
+void for_segments(const DenseTile& x, Body body) {
+  for (int64_t row = 0; row < x.n_rows; ++row) {
+    for (int64_t c = 0; c < x.n_columns; ++c) {
+      body(x.rows + row * x.row_bytes + c * kColumnWidth * sizeof(T), c + 1 < x.n_columns ? kColumnWidth : x.last_width,
+           row, c);
+    }
+  }
 }
 
 template <typename T>
 void encode(const EncodeTile& tile) {
-  for (int64_t row = 0; row < tile.n_rows; ++row) {
-    const uint8_t* x = tile.rows + row * tile.row_bytes;
-    for (int64_t c = 0; c < tile.n_columns; ++c) {
-      const int64_t width = c + 1 < tile.n_columns ? kColumnWidth : tile.last_width;
-      tile.counts[row * kGroupColumns + c] =
-          encode_segment<T>(x + c * kColumnWidth * sizeof(T), width, tile.predicate, tile.index[c], tile.values[c]);
-    }
-  }
+  for_segments<T>(tile.x, [&](const uint8_t* x, int64_t width, int64_t row, int64_t c) {
+    tile.counts[row * kGroupColumns + c] = encode_segment<T>(x, width, tile.x.predicate, tile.index[c], tile.values[c]);
+  });
+}
+
+template <typename T>
+void count(const CountTile& tile) {
+  for (int64_t c = 0; c < tile.x.n_columns; ++c) tile.n_values[c] = 0;
+  for_segments<T>(tile.x, [&](const uint8_t* x, int64_t width, int64_t row, int64_t c) {
+    int64_t n = 0;
+    for (int64_t j = 0; j < width; ++j) n += is_stored(load<T>(x + j * sizeof(T)), tile.x.predicate);
+    tile.counts[row * tile.x.n_columns + c] = count_byte(n);
+    tile.n_values[c] += n;
+  });
 }
 
 // Writes one segment into `out`, zeros included; false if it breaks the format.
@@ -102,8 +121,13 @@ bool decode(const DecodeTile& tile) {
   return true;
 }
 
+void stream(const uint8_t* from, uint8_t* to, int64_t n_bytes) { std::memcpy(to, from, n_bytes); }
+void fence() {}
+
 }  // namespace
 
-const Kernels kKernelsScalar = {"scalar", encode<uint16_t>, encode<uint32_t>, decode<uint16_t>, decode<uint32_t>};
+const Kernels kKernelsScalar = {"scalar",         count<uint16_t>,  count<uint32_t>,
+                                encode<uint16_t>, encode<uint32_t>, decode<uint16_t>,
+                                decode<uint32_t>, stream,           fence};
 
 }  // namespace pyfacts::cpu

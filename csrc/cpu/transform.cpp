@@ -106,29 +106,6 @@ int64_t find(int64_t j, int64_t n, int64_t width, const uint8_t* index) {
   return -1;
 }
 
-float half_to_float(uint16_t half) {
-  const uint32_t sign = static_cast<uint32_t>(half & 0x8000) << 16;
-  const uint32_t exponent = (half >> 10) & 31;
-  const uint32_t mantissa = half & 0x3ff;
-  if (exponent == 0) {
-    const float magnitude = std::ldexp(static_cast<float>(mantissa), -24);
-    return sign != 0 ? -magnitude : magnitude;
-  }
-  const uint32_t wide_exponent = exponent == 31 ? 255 : exponent + 127 - 15;
-  return std::bit_cast<float>(sign | wide_exponent << 23 | mantissa << 13);
-}
-
-float load_float(DType dtype, const uint8_t* value) {
-  if (dtype == DType::float32) {
-    float x;
-    std::memcpy(&x, value, 4);
-    return x;
-  }
-  uint16_t bits;
-  std::memcpy(&bits, value, 2);
-  return dtype == DType::bfloat16 ? std::bit_cast<float>(static_cast<uint32_t>(bits) << 16) : half_to_float(bits);
-}
-
 // Moves the segments of one tile of a column to their rows. next [tile tokens] holds each row's write position.
 Status tile_to_csr(const Encoding& encoding, int64_t column, int64_t tile, int64_t* next, int64_t* col,
                    uint8_t* values) {
@@ -233,31 +210,6 @@ Status cat(const Encoding* encodings, int64_t n_encodings, const Planes& out, Pa
   return stack_pieces(
       n_encodings, n_tokens, encodings[0].n_features, encodings[0].dtype, out, parallel_for,
       [&](int64_t i, int64_t column) { return make_piece(encodings[i], column, 0, encodings[i].n_tokens); });
-}
-
-Status add_feature_stats(const Encoding& encoding, int64_t* nnz, double* sum, double* sum_sq, float* maximum) {
-  const int64_t item = item_bytes(encoding.dtype);
-  const uint32_t zero_mask = nonzero_mask(encoding.dtype, true);
-  for (int64_t column = 0; column < n_columns(encoding.n_features); ++column) {
-    const Status layout = check_column_layout(encoding, column);
-    if (!layout.ok()) return layout;
-    for (ColumnReader segment(encoding, column); segment.token() < encoding.n_tokens; segment.next()) {
-      const Fault fault = segment.check(zero_mask);
-      if (fault != Fault::none) return {fault, column, segment.token()};
-      const int64_t n = segment.count();
-      uint8_t positions[kColumnWidth];
-      unpack_positions(n, segment.width(), segment.index(), positions);
-      for (int64_t i = 0; i < n; ++i) {
-        const int64_t feature = column * kColumnWidth + positions[i];
-        const float x = load_float(encoding.dtype, segment.values() + i * item);
-        nnz[feature] += 1;
-        sum[feature] += x;
-        sum_sq[feature] += static_cast<double>(x) * x;
-        if (x > maximum[feature]) maximum[feature] = x;
-      }
-    }
-  }
-  return {};
 }
 
 }  // namespace pyfacts::cpu
