@@ -3,6 +3,7 @@
 With PYFACTS_ISA set, the slow peers are left out: they do not depend on it.
 """
 
+import ctypes
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -39,12 +40,20 @@ def odd_x(of_odd_width: Tensor, request: pytest.FixtureRequest) -> Tensor:
     return of_odd_width.to(request.param)
 
 
-def test_encode(compare: Callable[..., None], x: Tensor) -> None:
-    compare(bench.encode_case(x, slow_peers="PYFACTS_ISA" not in os.environ))
+def test_encode(compare: Callable[..., None], x: Tensor, reused_memory: None) -> None:
+    compare(_beside_memcpy(bench.encode_case(x, slow_peers="PYFACTS_ISA" not in os.environ), x))
 
 
 def test_decode(compare: Callable[..., None], x: Tensor, reused_memory: None) -> None:
     compare(_decode_beside_memcpy(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("density", [0.03, 0.5])
+def test_encode_into_fresh_memory(compare: Callable[..., None], density: float, dtype: torch.dtype) -> None:
+    x = bench.activations(4096, 16384, density, dtype)
+    case = _beside_memcpy(bench.encode_case(x, slow_peers=False), x)
+    compare(replace(case, facts=case.facts | {"op": "encode into fresh memory"}))
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -53,8 +62,8 @@ def test_decode_into_fresh_memory(compare: Callable[..., None], dtype: torch.dty
     compare(replace(case, facts=case.facts | {"op": "decode into fresh memory"}))
 
 
-def test_encode_odd_width(compare: Callable[..., None], odd_x: Tensor) -> None:
-    compare(bench.encode_case(odd_x, slow_peers=False))
+def test_encode_odd_width(compare: Callable[..., None], odd_x: Tensor, reused_memory: None) -> None:
+    compare(_beside_memcpy(bench.encode_case(odd_x, slow_peers=False), odd_x))
 
 
 def test_decode_odd_width(compare: Callable[..., None], odd_x: Tensor, reused_memory: None) -> None:
@@ -62,7 +71,11 @@ def test_decode_odd_width(compare: Callable[..., None], odd_x: Tensor, reused_me
 
 
 def _decode_beside_memcpy(x: Tensor) -> bench.Case:
-    copy = torch.empty_like(x).fill_(0)
-    case = bench.decode_case(x)
     assert torch.equal(pyfacts.encode(x).to_dense(), x)
-    return replace(case, peers={"memcpy": lambda: copy.copy_(x)})
+    return _beside_memcpy(replace(bench.decode_case(x), peers={}), x)
+
+
+def _beside_memcpy(case: bench.Case, x: Tensor) -> bench.Case:
+    copy = torch.empty_like(x).fill_(0)
+    memcpy = {"memcpy": lambda: ctypes.memmove(copy.data_ptr(), x.data_ptr(), x.nbytes)}
+    return replace(case, peers=memcpy | case.peers)

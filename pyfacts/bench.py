@@ -189,13 +189,13 @@ def activations(n_tokens: int, n_features: int, density: float, dtype: torch.dty
 
 
 def encode_case(x: Tensor, slow_peers: bool = True) -> Case:
-    """`pyfacts.encode(x)`: reads x, writes the planes into memory of its own. `memcpy` copies x into a given tensor."""
+    """`pyfacts.encode(x)`: reads x, writes the planes into memory of its own. `copy_` copies x into a given tensor."""
     import torch
 
     import pyfacts
 
     copy = torch.empty_like(x).fill_(0)
-    peers: dict[str, Call] = {"memcpy": lambda: copy.copy_(x)}
+    peers: dict[str, Call] = {"copy_": lambda: copy.copy_(x)}
     if slow_peers:
         peers |= {"torch.nonzero": x.nonzero, "to_sparse_csr": x.to_sparse_csr}
     moved = x.nbytes + pyfacts.encode(x).nbytes

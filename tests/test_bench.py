@@ -35,7 +35,8 @@ def test_figures_name_machine_peers_and_every_aim(figures: ModuleType) -> None:
     made_up = figures.render({"machine": MACHINE, "rows": list(made_up_rows())})
     assert "One core of Some CPU (model 1), avx512, PyTorch 2.13.0, 2026-01-01" in made_up
     assert "| encode, 3% dense | 2.00x (8.0 GB/s) | 2.00x (8.0 GB/s) | ≥ 1x | memcpy of the dense matrix |" in made_up
-    assert "| encode, slowest of 1 to 10% | 30x | 30x | ≥ 20x | `torch.nonzero` |" in made_up
+    assert "| encode, slowest and fastest of 1 to 10% | 30x to 40x | 30x to 40x | ≥ 20x | `torch.nonzero` |" in made_up
+    assert "| encode, 50%, into fresh memory | 0.60x (8.0 GB/s) |" in made_up
     assert "| encode with AVX2, slowest of 1 to 10% | 0.75x | 0.75x | ≥ 0.5x | itself with AVX-512 |" in made_up
     assert "|  | 1.250x the time | ≤ 1.05x | the forward alone, 2,048 tokens |" in made_up
     assert "| its peak resident memory in MB, for 16,384 and 131,072 tokens | 500 and 501 | 500 and 501 |" in made_up
@@ -105,7 +106,7 @@ def test_table_shows_every_case_and_peer_of_a_small_run() -> None:
     shown = bench.table([*rows, {"name": "capture", "skipped": "needs transformers"}])
     for name in (
         "encode bfloat16 128 x 300, 10%",
-        "memcpy",
+        "copy_",
         "torch.nonzero",
         "to_sparse_csr",
         "decode",
@@ -146,7 +147,7 @@ def made_up_rows():
     for dtype in ("bfloat16", "float32"):
         for density in (0.01, 0.03, 0.1, 0.5):
             wide = {"dtype": dtype, "density": density, "shape": [4096, 16384]}
-            slow = {"torch.nonzero": 300 * density if density > 0.03 else 40.0, "to_sparse_csr": 60.0}
+            slow = {"copy_": 1.2, "torch.nonzero": 300 * density if density > 0.03 else 40.0, "to_sparse_csr": 60.0}
             yield timed("encode", {"memcpy": 2.0} | slow, **wide)
             yield timed("decode", {"memcpy": 1.0}, **wide)
             yield timed("encode", {"memcpy": 1.5}, **wide) | {"isa": "avx2"}
@@ -154,6 +155,9 @@ def made_up_rows():
         for width in (11008, 5000):
             for op in ("encode", "decode"):
                 yield timed(op, {"memcpy": 1.1}, dtype=dtype, density=0.03, shape=[4096, width])
+        for density in (0.03, 0.5):
+            facts = {"dtype": dtype, "density": density, "shape": [4096, 16384]}
+            yield timed("encode into fresh memory", {"memcpy": 0.6}, **facts)
         yield timed("decode into fresh memory", {"clone": 1.2}, dtype=dtype, density=0.03, shape=[4096, 16384])
         for n_tokens, peak in ((131072, 501e6), (16384, 500e6)):
             dump = {"op": "dump", "isa": "avx512", "dtype": dtype, "n_tokens": n_tokens}
