@@ -191,9 +191,10 @@ def draw(density: np.ndarray, chosen: list[int], path: Path) -> None:
         loc="left",
     )
     top = axes.get_ylim()[1]
+    label = {"color": "#c44e52", "va": "top", "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1.5}}
     for i, j in enumerate(chosen):
         axes.axvline(density[j], color="#c44e52", linewidth=1)
-        axes.text(density[j], top * (0.97 - 0.07 * i), f" {j}", color="#c44e52", va="top")
-    axes.text(0.99, 0.97, "the five shown", color="#c44e52", ha="right", va="top", transform=axes.transAxes)
+        axes.annotate(str(j), (density[j], top * (0.97 - 0.08 * i)), (4, 0), textcoords="offset points", **label)
+    axes.text(0.99, 0.97, "the five shown", ha="right", transform=axes.transAxes, **label)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
