@@ -85,7 +85,7 @@ def machine() -> Row:
 
 
 def slug(machine: Row) -> str:
-    name = re.sub(r"\((R|TM)\)|\(.*\)|@|CPU|Processor", " ", machine["cpu"])
+    name = re.sub(r"\((R|TM)\)|cpu|stepping \d+|[(),@]|CPU|Processor", " ", machine["cpu"])
     return re.sub(r"[^a-z0-9.]+", "-", f"{name} {machine['isa']}".lower()).strip("-")
 
 

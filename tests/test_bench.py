@@ -54,7 +54,7 @@ def test_figures_of_another_machine_do_not_count_as_this_ones(figures: ModuleTyp
 
 def test_result_file_is_named_after_cpu_and_isa(figures: ModuleType) -> None:
     cpu = "Intel(R) Xeon(R) Processor @ 2.50GHz (cpu family 6, model 85, stepping 7)"
-    assert figures.slug({"cpu": cpu, "isa": "avx512"}) == "intel-xeon-2.50ghz-avx512"
+    assert figures.slug({"cpu": cpu, "isa": "avx512"}) == "intel-xeon-2.50ghz-family-6-model-85-avx512"
 
 
 def test_cases_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
