@@ -1,11 +1,12 @@
 // Schemas of every pyfacts op and their CPU kernels: check -> allocate -> call a torch-free kernel.
 //
 // An encoding travels as its four planes (counts, index, values, tile_ptr) and n_features; see format.h and planes.h.
-#include <algorithm>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "cpu/sparse_linear.h"
+#include "linear.h"
 #include "planes.h"
 
 namespace pyfacts {
@@ -13,18 +14,6 @@ namespace {
 
 using torch::stable::contiguous;
 using torch::stable::new_empty;
-
-// The planes once `encoder` has seen every row.
-Planes finish(cpu::Encoder& encoder, Tensor counts, const Tensor& like, int64_t n_tokens, int64_t n_features) {
-  Planes planes = empty_planes(std::move(counts), empty_tile_ptr(like, n_tokens, n_features), like, encoder.sizes());
-  const cpu::Planes out = pointers(planes);
-  encoder.finish(out.index, out.values, out.tile_ptr, run_on_torch_threads);
-  return planes;
-}
-
-void append(cpu::Encoder& encoder, const Tensor& rows) {
-  encoder.append(rows.const_data_ptr(), rows.stride(0), rows.size(0), run_on_torch_threads);
-}
 
 // x: a matrix with whole rows.
 Planes encode_rows(const Tensor& x, cpu::Keep keep) {
@@ -34,7 +23,7 @@ Planes encode_rows(const Tensor& x, cpu::Keep keep) {
   auto* const count_bytes = static_cast<uint8_t*>(counts.mutable_data_ptr());
   if (!cpu::suits_two_passes(dense, keep)) {
     cpu::Encoder encoder(dense.dtype, n_tokens, n_features, keep, count_bytes);
-    append(encoder, x);
+    encoder.add(dense, 0, 0, run_on_torch_threads);
     return finish(encoder, std::move(counts), x, n_tokens, n_features);
   }
   Tensor tile_ptr = empty_tile_ptr(x, n_tokens, n_features);
@@ -71,38 +60,58 @@ Tensor decode(const Tensor& counts, const Tensor& index, const Tensor& values, c
   return out;
 }
 
-// Tokens whose activations one pass holds dense: about 4 MiB, in whole tiles.
-int64_t block_tokens(int64_t n_features, int64_t item_bytes) {
-  const int64_t tile_bytes = kTileTokens * (n_features > 0 ? n_features : 1) * item_bytes;
-  const int64_t tiles = (int64_t{4} << 20) / tile_bytes;
-  return kTileTokens * (tiles > 1 ? tiles : 1);
+// h [n_tokens, n_features] ([0, n_features] unless return_dense) is unpacked from the planes: it agrees with them bit
+// for bit, and costs no more than the products' way to memory would have.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_relu_encode_and_dense(const Tensor& x, const Tensor& weight,
+                                                                                const std::optional<Tensor>& bias,
+                                                                                const std::string& activation,
+                                                                                const std::optional<Tensor>& threshold,
+                                                                                bool return_dense) {
+  Planes planes = linear_relu_encode(x, weight, bias, activation, threshold);
+  Tensor h = new_empty(x, {return_dense ? x.size(0) : 0, weight.size(0)}, x.scalar_type());
+  if (return_dense) {
+    const auto& [counts, index, values, tile_ptr] = planes;
+    decode_out(counts, index, values, tile_ptr, weight.size(0), false, h);
+  }
+  return std::tuple_cat(std::make_tuple(std::move(h)), std::move(planes));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_relu_encode(const Tensor& x, const Tensor& weight,
-                                                                      const std::optional<Tensor>& bias,
-                                                                      bool return_dense) {
-  check_matrix(x, "x");
+// A dense operand of a product with an encoding, its rows whole.
+Tensor whole_rows(const Tensor& x, const char* name, int64_t n_rows, const Tensor& values) {
+  check_matrix(x, name);
+  STD_TORCH_CHECK(x.size(0) == n_rows && x.scalar_type() == values.scalar_type() && x.is_cpu(), name, " must be [",
+                  n_rows, ", d_out] of the values' dtype, on the CPU");
+  return x.size(1) > 1 && x.stride(1) != 1 ? contiguous(x) : x;
+}
+
+Tensor sparse_linear(const Tensor& counts, const Tensor& index, const Tensor& values, const Tensor& tile_ptr,
+                     const Tensor& weight, const std::optional<Tensor>& bias) {
   check_matrix(weight, "weight");
-  const int64_t n_tokens = x.size(0), n_features = weight.size(0);
-  STD_TORCH_CHECK(x.scalar_type() == weight.scalar_type(), "x and weight must have one dtype");
-  const auto results = [](Tensor dense, Planes planes) {
-    return std::tuple_cat(std::make_tuple(std::move(dense)), std::move(planes));
-  };
-  if (return_dense) {
-    Tensor dense = relu_(linear(x, weight, bias));
-    Planes planes = encode_rows(dense, {});
-    return results(std::move(dense), std::move(planes));
+  const cpu::Encoding encoding = view(counts, index, values, tile_ptr, weight.size(0));
+  const Tensor w = whole_rows(weight, "weight", encoding.n_features, values);
+  const int64_t d_out = w.size(1);
+  std::optional<Tensor> b;
+  if (bias.has_value()) {
+    STD_TORCH_CHECK(
+        bias->dim() == 1 && bias->size(0) == d_out && bias->scalar_type() == values.scalar_type() && bias->is_cpu(),
+        "bias must be [", d_out, "] of the values' dtype, on the CPU");
+    b = contiguous(*bias);
   }
-  Tensor counts = empty_counts(x, n_tokens, n_features);
-  cpu::Encoder encoder(dtype_of(x), n_tokens, n_features, {}, static_cast<uint8_t*>(counts.mutable_data_ptr()));
-  const int64_t step = block_tokens(n_features, item_bytes(dtype_of(x)));
-  for (int64_t start = 0; start < n_tokens; start += step) {
-    Tensor rows = x;
-    append(encoder,
-           relu_(linear(torch::stable::narrow(rows, 0, start, std::min(step, n_tokens - start)), weight, bias)));
-  }
-  return results(new_empty(x, {0, n_features}, x.scalar_type()),
-                 finish(encoder, std::move(counts), x, n_tokens, n_features));
+  Tensor out = new_empty(values, {encoding.n_tokens, d_out}, values.scalar_type());
+  check_status(cpu::sparse_linear(encoding, {w.const_data_ptr(), w.stride(0)},
+                                  b.has_value() ? b->const_data_ptr() : nullptr, d_out, out.mutable_data_ptr(),
+                                  run_on_torch_threads));
+  return out;
+}
+
+Tensor sparse_linear_grad_weight(const Tensor& counts, const Tensor& index, const Tensor& values,
+                                 const Tensor& tile_ptr, int64_t n_features, const Tensor& grad) {
+  const cpu::Encoding encoding = view(counts, index, values, tile_ptr, n_features);
+  const Tensor g = whole_rows(grad, "grad", encoding.n_tokens, values);
+  Tensor out = new_empty(values, {n_features, g.size(1)}, values.scalar_type());
+  check_status(cpu::sparse_linear_grad_weight(encoding, {g.const_data_ptr(), g.stride(0)}, g.size(1),
+                                              out.mutable_data_ptr(), run_on_torch_threads));
+  return out;
 }
 
 Planes slice(const Tensor& counts, const Tensor& index, const Tensor& values, const Tensor& tile_ptr,
@@ -184,8 +193,14 @@ STABLE_TORCH_LIBRARY(pyfacts, m) {
       "decode_out(Tensor counts, Tensor index, Tensor values, Tensor tile_ptr, SymInt n_features, bool signed_zero,"
       " Tensor(a!) out) -> ()");
   m.def(
-      "linear_relu_encode(Tensor x, Tensor weight, Tensor? bias, bool return_dense)"
+      "linear_relu_encode(Tensor x, Tensor weight, Tensor? bias, str activation, Tensor? threshold, bool return_dense)"
       " -> (Tensor h, Tensor counts, Tensor index, Tensor values, Tensor tile_ptr)");
+  m.def(
+      "gated_relu_encode(Tensor x, Tensor w_gate, Tensor w_up, Tensor? b_gate, Tensor? b_up)"
+      " -> (Tensor counts, Tensor index, Tensor values, Tensor tile_ptr)");
+  m.def(
+      "linear_topk_encode(Tensor x, Tensor weight, Tensor? bias, SymInt k, bool over_batch)"
+      " -> (Tensor counts, Tensor index, Tensor values, Tensor tile_ptr)");
   m.def(
       "slice(Tensor counts, Tensor index, Tensor values, Tensor tile_ptr, SymInt n_features, SymInt start, SymInt stop)"
       " -> (Tensor counts, Tensor index, Tensor values, Tensor tile_ptr)");
@@ -198,6 +213,12 @@ STABLE_TORCH_LIBRARY(pyfacts, m) {
   m.def(
       "to_csr(Tensor counts, Tensor index, Tensor values, Tensor tile_ptr, SymInt n_features)"
       " -> (Tensor crow_indices, Tensor col_indices, Tensor values)");
+  m.def(
+      "sparse_linear(Tensor counts, Tensor index, Tensor values, Tensor tile_ptr, Tensor weight, Tensor? bias)"
+      " -> Tensor");
+  m.def(
+      "sparse_linear_grad_weight(Tensor counts, Tensor index, Tensor values, Tensor tile_ptr, SymInt n_features,"
+      " Tensor grad) -> Tensor");
   m.def("isa() -> str");
   m.def("isa_error() -> str");
 }
@@ -206,11 +227,15 @@ STABLE_TORCH_LIBRARY_IMPL(pyfacts, CPU, m) {
   m.impl("encode", TORCH_BOX(&encode));
   m.impl("decode", TORCH_BOX(&decode));
   m.impl("decode_out", TORCH_BOX(&decode_out));
-  m.impl("linear_relu_encode", TORCH_BOX(&linear_relu_encode));
+  m.impl("linear_relu_encode", TORCH_BOX(&linear_relu_encode_and_dense));
+  m.impl("gated_relu_encode", TORCH_BOX(&gated_relu_encode));
+  m.impl("linear_topk_encode", TORCH_BOX(&linear_topk_encode));
   m.impl("slice", TORCH_BOX(&slice));
   m.impl("cat", TORCH_BOX(&cat));
   m.impl("neuron", TORCH_BOX(&neuron));
   m.impl("to_csr", TORCH_BOX(&to_csr));
+  m.impl("sparse_linear", TORCH_BOX(&sparse_linear));
+  m.impl("sparse_linear_grad_weight", TORCH_BOX(&sparse_linear_grad_weight));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyfacts, CompositeExplicitAutograd, m) {

@@ -94,4 +94,12 @@ inline cpu::Planes pointers(const Planes& planes) {
           static_cast<int64_t*>(std::get<3>(planes).mutable_data_ptr())};
 }
 
+// The planes once `encoder` has seen every block.
+inline Planes finish(cpu::Encoder& encoder, Tensor counts, const Tensor& like, int64_t n_tokens, int64_t n_features) {
+  Planes planes = empty_planes(std::move(counts), empty_tile_ptr(like, n_tokens, n_features), like, encoder.sizes());
+  const cpu::Planes out = pointers(planes);
+  encoder.finish(out.index, out.values, out.tile_ptr, run_on_torch_threads);
+  return planes;
+}
+
 }  // namespace pyfacts

@@ -4,19 +4,27 @@ import importlib.util
 
 from .dump.errors import DumpError, DumpInterrupted
 from .dump.reader import Dump, open_dump
-from .errors import OutOfRangeError
+from .errors import CheckpointError, OutOfRangeError
 
 __version__ = "0.1.0"
 
-__all__ = ["Dump", "DumpError", "DumpInterrupted", "OutOfRangeError", "open_dump"]
+__all__ = ["CheckpointError", "Dump", "DumpError", "DumpInterrupted", "OutOfRangeError", "open_dump"]
 
 # A dump can be read with NumPy alone, so torch may be missing.
 if importlib.util.find_spec("torch") is not None:
     from .ablate import ablate
     from .capture import ActivationCache, HookNeverFired, capture
     from .dump.run import dump
-    from .encoding import EncodedActivations, cat, encode, linear_relu_encode
+    from .encoding import EncodedActivations, cat, encode
+    from .linear import (
+        gated_relu_encode,
+        linear_batch_topk_encode,
+        linear_relu_encode,
+        linear_topk_encode,
+        sparse_linear,
+    )
     from .models import HookPoint, hook_points
+    from .sae import SAE, load_sae
     from .select import min_abs, topk
 
     __all__ += [
@@ -24,13 +32,19 @@ if importlib.util.find_spec("torch") is not None:
         "EncodedActivations",
         "HookNeverFired",
         "HookPoint",
+        "SAE",
         "ablate",
         "capture",
         "cat",
         "dump",
         "encode",
+        "gated_relu_encode",
         "hook_points",
+        "linear_batch_topk_encode",
         "linear_relu_encode",
+        "linear_topk_encode",
+        "load_sae",
         "min_abs",
+        "sparse_linear",
         "topk",
     ]

@@ -205,54 +205,12 @@ def encode(x: Tensor, min_abs: float = 0.0, signed_zero: bool = False) -> Encode
         >>> torch.equal(enc.to_dense(), h)
         True
     """
-    _check_matrix("x", x)
+    check_matrix("x", x)
     min_abs = _check_min_abs(min_abs)
     x = x.detach()
     counts, index, values, tile_ptr = ops.encode(x, min_abs, signed_zero)
     sq_norm = row_sq_norm(x) if min_abs > 0 else None
     return EncodedActivations(counts, index, values, tile_ptr, x.shape[1], signed_zero, sq_norm)
-
-
-def linear_relu_encode(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "relu", return_dense: bool = False
-) -> "EncodedActivations | tuple[Tensor, EncodedActivations]":
-    """Computes relu(x @ weight.T + bias) and packs it; an MLP's up-projection or an SAE's encoder.
-
-    Without `return_dense` the dense result never exists as a whole: the product is encoded block by block of tokens.
-    Under autocast the operands take autocast's dtype, as `torch.nn.functional.linear` would.
-
-    Args:
-        x: [n_tokens, d_in], float32, bfloat16 or float16.
-        weight: [n_features, d_in], x's dtype, as in `torch.nn.Linear` (the transpose of TransformerLens' `W_in`).
-        bias: [n_features] or None.
-        activation: "relu".
-        return_dense: also return h [n_tokens, n_features], differentiable in x, weight and bias.
-
-    Returns:
-        The encoding, or (h, encoding) which agree bit for bit.
-
-    Raises:
-        TypeError: a dtype is not supported, or the operands' dtypes differ.
-        ValueError: shapes or devices do not fit, or the activation is unknown.
-
-    Example:
-        >>> import torch, pyfacts
-        >>> up = torch.nn.Linear(8, 512)
-        >>> enc = pyfacts.linear_relu_encode(torch.randn(10, 8), up.weight, up.bias)
-        >>> enc.shape
-        torch.Size([10, 512])
-    """
-    if activation != "relu":
-        raise ValueError(f"activation must be 'relu', got {activation!r}")
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    _check_linear(x, weight, bias)
-    if not return_dense:
-        x, weight, bias = x.detach(), weight.detach(), None if bias is None else bias.detach()
-    dense, planes = ops.linear_relu_encode(x, weight, bias, return_dense)
-    encoded = EncodedActivations(*planes, n_features=weight.shape[0])
-    return (dense, encoded) if return_dense else encoded
 
 
 def cat(encodings: Sequence[EncodedActivations]) -> EncodedActivations:
@@ -306,7 +264,7 @@ def _sq_norm(encoding: EncodedActivations) -> Tensor:
     return torch.segment_reduce(values.double().square(), "sum", offsets=crow, initial=0)
 
 
-def _check_matrix(name: str, x: Tensor) -> None:
+def check_matrix(name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES:
@@ -326,23 +284,6 @@ def _check_min_abs(min_abs: float) -> float:
     if not min_abs >= 0:  # NaN too
         raise ValueError(f"min_abs must be at least 0, got {min_abs}")
     return min_abs
-
-
-def _check_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    _check_matrix("x", x)
-    _check_matrix("weight", weight)
-    if x.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"x {tuple(x.shape)} and weight {tuple(weight.shape)} differ in d_in: {x.shape[1]} and {weight.shape[1]}; "
-            "weight is [n_features, d_in] as in nn.Linear (TransformerLens' W_in is its transpose)"
-        )
-    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
-        raise ValueError(f"bias must be [{weight.shape[0]}] for weight {tuple(weight.shape)}, got {tuple(bias.shape)}")
-    for name, other in (("weight", weight), ("bias", bias)):
-        if other is not None and other.dtype != x.dtype:
-            raise TypeError(f"{name} must have the dtype of x, {x.dtype}, got {other.dtype}")
-        if other is not None and other.device != x.device:
-            raise ValueError(f"{name} must be on the device of x, {x.device}, got {other.device}")
 
 
 def _in_range(i: int, n: int, what: str) -> int:

@@ -1,5 +1,7 @@
 """Errors that callers may want to catch by name."""
 
+import os
+
 
 class OutOfRangeError(IndexError, ValueError):
     """A token or feature index beyond the matrix: an IndexError for iteration, a ValueError for argument checks."""
@@ -10,3 +12,17 @@ class UnknownHookError(KeyError, ValueError):
 
     def __str__(self) -> str:
         return self.args[0]  # KeyError would show the message in quotes
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, or cannot be used exactly: the message names the file and the field.
+
+    Example:
+        >>> str(CheckpointError("sae/cfg.json", "k", "must be 1 to 64, got 0"))
+        "sae/cfg.json: 'k' must be 1 to 64, got 0"
+    """
+
+    def __init__(self, path: str | os.PathLike[str], field: str | None, message: str) -> None:
+        self.path = os.fspath(path)
+        self.field = field
+        super().__init__(f"{self.path}: " + (message if field is None else f"{field!r} {message}"))

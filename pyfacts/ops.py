@@ -44,11 +44,34 @@ def decode(planes: Planes, n_features: int, signed_zero: bool, out: Tensor | Non
     return out
 
 
-def linear_relu_encode(x: Tensor, weight: Tensor, bias: Tensor | None, return_dense: bool) -> tuple[Tensor, Planes]:
-    """Encodes relu(x @ weight.T + bias); the dense result [n_tokens, n_features] comes first ([0, n_features] unless
-    return_dense) and carries gradients to x, weight and bias."""
-    dense, *planes = torch.ops.pyfacts.linear_relu_encode(x, weight, bias, return_dense)
+def linear_relu_encode(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, threshold: Tensor | None, return_dense: bool
+) -> tuple[Tensor, Planes]:
+    """Encodes act(x @ weight.T + bias), act being "relu", "relu2" or "jumprelu" with its threshold [n_features].
+
+    The dense result [n_tokens, n_features] comes first ([0, n_features] unless return_dense) and carries gradients to
+    x, weight and bias.
+    """
+    dense, *planes = torch.ops.pyfacts.linear_relu_encode(x, weight, bias, activation, threshold, return_dense)
     return dense, tuple(planes)
+
+
+def gated_relu_encode(x: Tensor, W_gate: Tensor, W_up: Tensor, b_gate: Tensor | None, b_up: Tensor | None) -> Planes:
+    """Encodes relu(x @ W_gate.T + b_gate) * (x @ W_up.T + b_up)."""
+    return torch.ops.pyfacts.gated_relu_encode(x, W_gate, W_up, b_gate, b_up)
+
+
+def linear_topk_encode(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, over_batch: bool) -> Planes:
+    """Encodes the k largest of relu(x @ weight.T + bias) of every token, or k * n_tokens of them all."""
+    return torch.ops.pyfacts.linear_topk_encode(x, weight, bias, k, over_batch)
+
+
+def sparse_linear(planes: Planes, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
+    """Returns the encoding times W_dec [n_features, d_out], plus b_dec; RuntimeError if it is not a valid encoding.
+
+    Only stored values are multiplied, so that an infinity or NaN in W_dec reaches just the tokens that use its row.
+    """
+    return torch.ops.pyfacts.sparse_linear(*planes, W_dec, b_dec)
 
 
 def slice_tokens(planes: Planes, n_features: int, start: int, stop: int) -> Planes:
@@ -105,9 +128,21 @@ def _(
 
 
 @torch.library.register_fake("pyfacts::linear_relu_encode")
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, return_dense: bool) -> tuple[Tensor, ...]:
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, threshold: Tensor | None, return_dense: bool
+) -> tuple[Tensor, ...]:
     dense = x.new_empty((x.shape[0] if return_dense else 0, weight.shape[0]))
     return dense, *_empty_planes(x, x.shape[0], weight.shape[0])
+
+
+@torch.library.register_fake("pyfacts::gated_relu_encode")
+def _(x: Tensor, w_gate: Tensor, w_up: Tensor, b_gate: Tensor | None, b_up: Tensor | None) -> Planes:
+    return _empty_planes(x, x.shape[0], w_gate.shape[0])
+
+
+@torch.library.register_fake("pyfacts::linear_topk_encode")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, over_batch: bool) -> Planes:
+    return _empty_planes(x, x.shape[0], weight.shape[0])
 
 
 @torch.library.register_fake("pyfacts::slice")
@@ -150,27 +185,75 @@ def _(
     )
 
 
-# ---- gradients -------------------------------------------------------------------------------------------------------
+@torch.library.register_fake("pyfacts::sparse_linear")
+def _(counts: Tensor, index: Tensor, values: Tensor, tile_ptr: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return values.new_empty((counts.shape[1], weight.shape[1]))
+
+
+@torch.library.register_fake("pyfacts::sparse_linear_grad_weight")
+def _(counts: Tensor, index: Tensor, values: Tensor, tile_ptr: Tensor, n_features: int, grad: Tensor) -> Tensor:
+    return values.new_empty((n_features, grad.shape[1]))
+
+
+# ---- gradients of sparse_linear --------------------------------------------------------------------------------------
+
+
+def _save_sparse_linear(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    *planes, weight, _ = inputs
+    ctx.save_for_backward(*planes)
+    ctx.n_features = weight.shape[0]
+
+
+def _sparse_linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    *_, needs_weight, needs_bias = ctx.needs_input_grad
+    grad_weight = None
+    if needs_weight:
+        grad_weight = torch.ops.pyfacts.sparse_linear_grad_weight(*ctx.saved_tensors, ctx.n_features, grad)
+    return None, None, None, None, grad_weight, grad.sum(0) if needs_bias else None
+
+
+torch.library.register_autograd("pyfacts::sparse_linear", _sparse_linear_backward, setup_context=_save_sparse_linear)
+
+
+def _save_grad_weight(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+
+
+def _grad_weight_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return None, None, None, None, None, torch.ops.pyfacts.sparse_linear(*ctx.saved_tensors, grad, None)
+
+
+torch.library.register_autograd(
+    "pyfacts::sparse_linear_grad_weight", _grad_weight_backward, setup_context=_save_grad_weight
+)
+
+
+# ---- gradients of linear_relu_encode ---------------------------------------------------------------------------------
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, _ = inputs
-    dense, *planes = output
+    x, weight, bias, activation, _, return_dense = inputs
+    _, *planes = output
     ctx.mark_non_differentiable(*planes)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, dense)
-    ctx.has_bias = bias is not None
+    ctx.save_for_backward(x, weight, bias, *planes)
+    ctx.activation, ctx.return_dense = activation, return_dense
 
 
 def _backward(ctx: Any, grad_dense: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    x, weight, dense = ctx.saved_tensors
-    if grad_dense is None or dense.shape[0] != x.shape[0]:
-        return None, None, None, None
-    grad = torch.where(dense <= 0, 0, grad_dense)  # as torch's relu: a NaN passes the gradient on
+    """h is unpacked again, for as long as this takes: where it is zero, no gradient passes; a NaN lets it pass."""
+    if grad_dense is None or not ctx.return_dense:
+        return (None,) * 6
+    x, weight, bias, *planes = ctx.saved_tensors
+    h = decode(tuple(planes), weight.shape[0], False)
+    grad = torch.where(h == 0, 0, grad_dense)
+    if ctx.activation == "relu2":
+        # h = relu(z)**2, whose derivative 2 * relu(z) is computed anew if it is to be differentiated itself.
+        grad = grad * 2 * (torch.nn.functional.linear(x, weight, bias).relu() if torch.is_grad_enabled() else h.sqrt())
     grad_x = grad @ weight if ctx.needs_input_grad[0] else None
     grad_weight = grad.T @ x if ctx.needs_input_grad[1] else None
-    grad_bias = grad.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
-    return grad_x, grad_weight, grad_bias, None
+    grad_bias = grad.sum(0) if bias is not None and ctx.needs_input_grad[2] else None
+    return grad_x, grad_weight, grad_bias, None, None, None
 
 
 torch.library.register_autograd("pyfacts::linear_relu_encode", _backward, setup_context=_save_for_backward)

@@ -14,7 +14,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from .encoding import EncodedActivations, _check_matrix, encode, row_sq_norm
+from .encoding import EncodedActivations, check_matrix, encode, row_sq_norm
 
 CHUNK_ELEMENTS = 1 << 22
 """Top-k works through the tokens in pieces of about this many elements: its keys are 8 bytes each."""
@@ -64,7 +64,7 @@ class topk:
     @torch.no_grad()
     def encode(self, x: Tensor) -> EncodedActivations:
         """Packs the k largest |x| of each row of x [n_tokens, n_features]."""
-        _check_matrix("x", x)
+        check_matrix("x", x)
         n_features = x.shape[1]
         if self.k > n_features:
             raise ValueError(f"topk(k={self.k}) of activations that have only {n_features} features; lower k")
@@ -122,7 +122,7 @@ class min_abs:
         """Packs the elements of x [n_tokens, n_features] with |x| > theta, and NaNs."""
         if not isinstance(self.theta, Tensor):
             return encode(x, min_abs=self.theta)
-        _check_matrix("x", x)
+        check_matrix("x", x)
         if self.theta.shape[0] != x.shape[1]:
             raise ValueError(
                 f"min_abs has one threshold per feature, {self.theta.shape[0]} in all, but the activations have "

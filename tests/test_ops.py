@@ -31,13 +31,16 @@ def samples(dtype: torch.dtype) -> list[tuple[object, tuple[object, ...]]]:
         (OPS.cat.default, (*parts, 300)),
         (OPS.neuron.default, (*planes, 300, 299)),
         (OPS.to_csr.default, (*planes, 300)),
-        (OPS.linear_relu_encode.default, (tokens, weight, bias, False)),
-        (OPS.linear_relu_encode.default, (tokens, weight, None, True)),
+        (OPS.linear_relu_encode.default, (tokens, weight, bias, "relu", None, False)),
+        (OPS.linear_relu_encode.default, (tokens, weight, None, "jumprelu", bias.abs(), True)),
+        (OPS.gated_relu_encode.default, (tokens, weight, weight, bias, None)),
+        (OPS.linear_topk_encode.default, (tokens, weight, bias, 3, False)),
+        (OPS.linear_topk_encode.default, (tokens, weight, None, 3, True)),
     ]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("number", range(10))
+@pytest.mark.parametrize("number", range(13))
 def test_opcheck(dtype: torch.dtype, number: int) -> None:
     op, args = samples(dtype)[number]
     torch.library.opcheck(op, args)
@@ -45,25 +48,27 @@ def test_opcheck(dtype: torch.dtype, number: int) -> None:
 
 def test_opcheck_with_gradients() -> None:
     x, weight, bias = (torch.randn(*shape, requires_grad=True) for shape in ((5, 4), (300, 4), (300,)))
-    torch.library.opcheck(OPS.linear_relu_encode.default, (x, weight, bias, True))
+    torch.library.opcheck(OPS.linear_relu_encode.default, (x, weight, bias, "relu2", None, True))
 
 
 def test_encode_compiles_into_one_graph() -> None:
     """A function that encodes and decodes between other torch ops compiles with fullgraph, for several lengths."""
 
     @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
-    def round_trip(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def round_trip(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
         enc = pyfacts.encode(torch.relu(x @ weight))
         fused = pyfacts.linear_relu_encode(x, weight.T.contiguous())
-        return enc.to_dense(), enc.values, fused.to_dense()
+        every = pyfacts.linear_topk_encode(x, weight.T, None, k=600)
+        return enc.to_dense(), enc.values, fused.to_dense(), every.to_dense()
 
     weight = torch.randn(16, 600)
     for n_tokens in (3, 200, 129):
         x = torch.randn(n_tokens, 16)
-        dense, values, fused = round_trip(x, weight)
+        dense, values, fused, every = round_trip(x, weight)
         expected = torch.relu(x @ weight)
         torch.testing.assert_close(dense, expected)
         torch.testing.assert_close(fused, expected)
+        torch.testing.assert_close(every, expected)
         assert values.numel() == int((expected != 0).sum())
 
 

@@ -40,8 +40,14 @@ struct Avx2 {
   static void end_streaming() { _mm_sfence(); }
 
   // Lanes of all ones where x is not stored. Magnitudes are below the sign bit: signed compares order them.
-  template <typename T, bool plain>
-  static __m256i not_stored(__m256i x, const Predicate& p) {
+  template <typename T, Rule rule>
+  static __m256i not_stored(__m256i x, const Predicate& p, const uint8_t* thresholds) {
+    constexpr bool plain = rule == Rule::nonzero;
+    if constexpr (rule == Rule::threshold) {
+      const __m256i threshold = load256(thresholds);
+      const __m256i above = sizeof(T) == 2 ? _mm256_cmpgt_epi16(x, threshold) : _mm256_cmpgt_epi32(x, threshold);
+      return _mm256_andnot_si256(above, not_stored<T, Rule::predicate>(x, p, nullptr));
+    }
     if constexpr (sizeof(T) == 2) {
       const __m256i masked = _mm256_and_si256(x, _mm256_set1_epi16(static_cast<int16_t>(p.mask)));
       if constexpr (plain) return _mm256_cmpeq_epi16(masked, _mm256_setzero_si256());
@@ -60,28 +66,30 @@ struct Avx2 {
   }
 
   // 32 bits of the bitmap: lanes are narrowed to bytes, whose signs movemask gathers.
-  template <typename T, bool plain>
-  static uint32_t bitmap32(const uint8_t* x, const Predicate& p) {
+  template <typename T, Rule rule>
+  static uint32_t bitmap32(const uint8_t* x, const Predicate& p, const uint8_t* thresholds) {
     if constexpr (sizeof(T) == 2) {
-      const __m256i bytes =
-          _mm256_packs_epi16(not_stored<T, plain>(load256(x), p), not_stored<T, plain>(load256(x + 32), p));
+      const __m256i bytes = _mm256_packs_epi16(not_stored<T, rule>(load256(x), p, thresholds),
+                                               not_stored<T, rule>(load256(x + 32), p, thresholds + 32));
       return ~static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_permute4x64_epi64(bytes, 0b11011000)));
     } else {
       uint32_t bits = 0;
       for (int64_t k = 0; k < 4; ++k) {
-        const __m256 lanes = _mm256_castsi256_ps(not_stored<T, plain>(load256(x + 32 * k), p));
+        const __m256 lanes = _mm256_castsi256_ps(not_stored<T, rule>(load256(x + 32 * k), p, thresholds + 32 * k));
         bits |= static_cast<uint32_t>(_mm256_movemask_ps(lanes)) << (8 * k);
       }
       return ~bits;
     }
   }
 
-  template <typename T, bool plain>
-  static void make_bitmap(const uint8_t* x, const Predicate& p, uint64_t* words) {
+  template <typename T, Rule rule>
+  static void make_bitmap(const uint8_t* x, const Predicate& p, const uint8_t* thresholds, uint64_t* words) {
     constexpr int64_t kHalfWordBytes = 32 * sizeof(T);
     for (int64_t i = 0; i < 4; ++i) {
-      const uint8_t* at = x + 2 * i * kHalfWordBytes;
-      words[i] = bitmap32<T, plain>(at, p) | uint64_t{bitmap32<T, plain>(at + kHalfWordBytes, p)} << 32;
+      const int64_t low = 2 * i * kHalfWordBytes;
+      const int64_t high = low + kHalfWordBytes;
+      words[i] = bitmap32<T, rule>(x + low, p, thresholds + low) |
+                 uint64_t{bitmap32<T, rule>(x + high, p, thresholds + high)} << 32;
     }
   }
 
@@ -148,6 +156,49 @@ struct Avx2 {
     const __m256i here = load256(index);
     const __m256i not_above = _mm256_cmpeq_epi8(_mm256_max_epu8(here, load256(index + 1)), here);
     return (static_cast<uint32_t>(_mm256_movemask_epi8(not_above)) & _bzhi_u32(~0u, static_cast<uint32_t>(n - 1))) == 0;
+  }
+
+  using Floats = __m256;
+  static constexpr int64_t kLanes = 8;
+  static Floats load_floats(const float* from) { return _mm256_loadu_ps(from); }
+  static void store_floats(float* to, Floats x) { _mm256_storeu_ps(to, x); }
+  static Floats repeat(float x) { return _mm256_set1_ps(x); }
+  static Floats multiply(Floats x, Floats y) { return _mm256_mul_ps(x, y); }
+  static Floats add(Floats x, Floats y) { return _mm256_add_ps(x, y); }
+
+  static void list_positions(const uint8_t* index, uint32_t first, uint32_t* inner) {
+    const __m256i positions = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(index)));
+    store256(reinterpret_cast<uint8_t*>(inner),
+             _mm256_add_epi32(positions, _mm256_set1_epi32(static_cast<int32_t>(first))));
+  }
+
+  template <DType dtype>
+  static Floats widen(const uint8_t* from) {
+    if constexpr (dtype == DType::float32) {
+      return _mm256_castsi256_ps(load256(from));
+    } else {
+      const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+      if constexpr (dtype == DType::float16) return _mm256_cvtph_ps(halves);
+      return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+    }
+  }
+
+  template <DType dtype>
+  static void narrow(Floats x, uint8_t* to) {
+    const __m256i bits = _mm256_castps_si256(x);
+    if constexpr (dtype == DType::float32) {
+      store256(to, bits);
+    } else if constexpr (dtype == DType::float16) {
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+    } else {
+      const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+      const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+      const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+      const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+      const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+      const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0b11011000);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(packed));
+    }
   }
 };
 

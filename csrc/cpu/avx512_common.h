@@ -19,29 +19,37 @@ struct Avx512Common {
   }
   static void end_streaming() { _mm_sfence(); }
 
-  template <typename T, bool plain>
-  static uint64_t stored(__m512i x, const Predicate& p) {
+  // As integers, non-negative elements are ordered like the numbers that they are, and negative ones are below them.
+  template <typename T>
+  static uint64_t above(__m512i x, const uint8_t* thresholds) {
+    const __m512i threshold = _mm512_loadu_si512(thresholds);
+    return sizeof(T) == 2 ? _mm512_cmpgt_epi16_mask(x, threshold) : _mm512_cmpgt_epi32_mask(x, threshold);
+  }
+
+  template <typename T, Rule rule>
+  static uint64_t stored(__m512i x, const Predicate& p, const uint8_t* thresholds) {
+    if constexpr (rule == Rule::threshold) return above<T>(x, thresholds) | stored<T, Rule::predicate>(x, p, nullptr);
     if constexpr (sizeof(T) == 2) {
       const __m512i mask = _mm512_set1_epi16(static_cast<int16_t>(p.mask));
-      if constexpr (plain) return _mm512_test_epi16_mask(x, mask);
+      if constexpr (rule == Rule::nonzero) return _mm512_test_epi16_mask(x, mask);
       return _mm512_cmpgt_epu16_mask(_mm512_and_si512(x, mask), _mm512_set1_epi16(static_cast<int16_t>(p.floor))) |
              _mm512_cmpeq_epi16_mask(x, _mm512_set1_epi16(static_cast<int16_t>(p.also)));
     } else {
       const __m512i mask = _mm512_set1_epi32(static_cast<int32_t>(p.mask));
-      if constexpr (plain) return _mm512_test_epi32_mask(x, mask);
+      if constexpr (rule == Rule::nonzero) return _mm512_test_epi32_mask(x, mask);
       return _mm512_cmpgt_epu32_mask(_mm512_and_si512(x, mask), _mm512_set1_epi32(static_cast<int32_t>(p.floor))) |
              _mm512_cmpeq_epi32_mask(x, _mm512_set1_epi32(static_cast<int32_t>(p.also)));
     }
   }
 
-  template <typename T, bool plain>
-  static void make_bitmap(const uint8_t* x, const Predicate& p, uint64_t* words) {
+  template <typename T, Rule rule>
+  static void make_bitmap(const uint8_t* x, const Predicate& p, const uint8_t* thresholds, uint64_t* words) {
     constexpr int64_t kLanes = 64 / sizeof(T);
     for (int64_t i = 0; i < 4; ++i) {
       words[i] = 0;
       for (int64_t lane = 0; lane < 64; lane += kLanes) {
         const int64_t at = (64 * i + lane) * sizeof(T);
-        words[i] |= stored<T, plain>(_mm512_loadu_si512(x + at), p) << lane;
+        words[i] |= stored<T, rule>(_mm512_loadu_si512(x + at), p, thresholds + at) << lane;
       }
     }
   }
@@ -87,6 +95,47 @@ struct Avx512Common {
     const __m256i here = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index));
     const __m256i next = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index + 1));
     return (_mm256_cmple_epu8_mask(next, here) & _bzhi_u32(~0u, static_cast<uint32_t>(n - 1))) == 0;
+  }
+
+  using Floats = __m512;
+  static constexpr int64_t kLanes = 16;
+  static Floats load_floats(const float* from) { return _mm512_loadu_ps(from); }
+  static void store_floats(float* to, Floats x) { _mm512_storeu_ps(to, x); }
+  static Floats repeat(float x) { return _mm512_set1_ps(x); }
+  static Floats multiply(Floats x, Floats y) { return _mm512_mul_ps(x, y); }
+  static Floats add(Floats x, Floats y) { return _mm512_add_ps(x, y); }
+
+  static void list_positions(const uint8_t* index, uint32_t first, uint32_t* inner) {
+    const __m512i positions = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(index)));
+    _mm512_storeu_si512(inner, _mm512_add_epi32(positions, _mm512_set1_epi32(static_cast<int32_t>(first))));
+  }
+
+  template <DType dtype>
+  static Floats widen(const uint8_t* from) {
+    if constexpr (dtype == DType::float32) {
+      return _mm512_castsi512_ps(_mm512_loadu_si512(from));
+    } else {
+      const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+      if constexpr (dtype == DType::float16) return _mm512_cvtph_ps(halves);
+      return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+    }
+  }
+
+  template <DType dtype>
+  static void narrow(Floats x, uint8_t* to) {
+    const __m512i bits = _mm512_castps_si512(x);
+    if constexpr (dtype == DType::float32) {
+      _mm512_storeu_si512(to, bits);
+    } else if constexpr (dtype == DType::float16) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+    } else {
+      const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+      const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+      const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+      const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+      const __m512i high = _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(high));
+    }
   }
 };
 

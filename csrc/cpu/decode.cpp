@@ -4,32 +4,15 @@
 // Floor: streaming zeros to the output, 20 ms for 4096 x 16384 bf16 (see encode.cpp for the machine; memcpy 26.8 ms).
 // Measured into touched memory with AVX-512 at 1, 3, 10, 50 %: 0.96, 0.92, 0.74, 0.35 x memcpy (fp32 1.0, 0.96, 0.8,
 // 0.54 x). Fresh memory adds 28 ms for the kernel's zeroing of huge pages, 65 ms on 4 KiB pages, without the advice.
-#include <cstring>
-#include <memory>
-
 #include "dispatch.h"
 #include "encoding.h"
 #include "memory.h"
 #include "parallel.h"
+#include "run_reader.h"
 #include "segments.h"
 
 namespace pyfacts::cpu {
 namespace {
-
-// The read position in a plane of one column's run. Kernels read up to kSlackBytes beyond a run; near the end of the
-// plane, where that would leave it, the run moves to memory of its own.
-class RunReader {
- public:
-  const uint8_t* open(const uint8_t* plane, int64_t plane_bytes, int64_t begin, int64_t end) {
-    if (end + kSlackBytes <= plane_bytes) return plane + begin;
-    copy_ = std::make_unique<uint8_t[]>(end - begin + kSlackBytes);
-    if (end > begin) std::memcpy(copy_.get(), plane + begin, end - begin);
-    return copy_.get();
-  }
-
- private:
-  std::unique_ptr<uint8_t[]> copy_;
-};
 
 bool decode_tile(const Encoding& encoding, int64_t first_token, int64_t first_column, uint32_t zero_mask, uint8_t* out,
                  int64_t row_bytes, bool stream) {

@@ -1,5 +1,10 @@
-// Encodes rows as they come, each read once: a tile is packed in the cache (tile_packer.h), its runs move, end to end,
-// to staging slabs, and finish() copies them to their places once the sizes of all columns are known.
+// Encodes blocks as they come, each read once: a tile is packed in the cache (tile_packer.h), its runs move, end to
+// end, to staging slabs, and finish() copies them to their places once the sizes of all columns are known.
+//
+// Floor at 3 % of 4096 x 16384 bf16: 134 MB read once, 5.5 ms at the 24 GB/s of one Zen 4 core, and 9 MB moved twice
+// more. memcpy of the input takes 10 to 13 ms, so that 1.9 x memcpy was predicted. Measured, in reused memory: 1.5 to
+// 1.6 x (1 %: 1.8, 10 %: 1.3), and 0.85 x before rows were prefetched into L2 and staging went past the caches. On Zen
+// 5, whose memcpy takes 6.3 ms: 1.0 to 1.3 x.
 #include <mutex>
 #include <vector>
 
@@ -31,7 +36,6 @@ struct Encoder::State {
   Keep keep;
   uint8_t* counts;
   bool stream;  // whether staging goes past the caches, as most of it will have left them when finish() comes
-  int64_t tokens_done = 0;
   int64_t total_index_bytes = 0;
   int64_t total_value_bytes = 0;
   std::vector<StagedRun> runs;  // [n_columns, n_tiles]
@@ -85,16 +89,19 @@ Encoder::Encoder(DType dtype, int64_t n_tokens, int64_t n_features, Keep keep, u
 
 Encoder::~Encoder() = default;
 
-void Encoder::append(const void* rows, int64_t row_stride, int64_t n_rows, ParallelFor parallel_for) {
+void Encoder::add(const Dense& block, int64_t first_token, int64_t first_feature, ParallelFor parallel_for) {
   State& s = *state_;
-  const DenseGroups groups({s.dtype, rows, row_stride, n_rows, s.n_features}, s.keep);
+  Keep keep = s.keep;
+  if (keep.thresholds != nullptr) keep.thresholds += first_feature * item_bytes(s.dtype);
+  const DenseGroups groups(block, keep);
   const int64_t tiles = n_tiles(s.n_tokens);
-  const int64_t first_tile = s.tokens_done / kTileTokens;
+  const int64_t first_tile = first_token / kTileTokens;
+  const int64_t first_column_of_block = first_feature / kColumnWidth;
   parallel(groups.tasks(), parallel_for, [&](int64_t begin, int64_t end) {
     TilePacker packer;
     Staging staging = s.take_staging();
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t first_column = groups.first_column_of(task);
+      const int64_t first_column = first_column_of_block + groups.first_column_of(task);
       const int64_t tile = first_tile + groups.tile_of(task);
       const DenseTile x = groups.group(task);
       packer.pack(x, groups.item());
@@ -107,13 +114,12 @@ void Encoder::append(const void* rows, int64_t row_stride, int64_t n_rows, Paral
     if (s.stream) kernels().fence();
     s.return_staging(staging);
   });
-  for (int64_t column = 0; column < groups.columns(); ++column) {
-    for (int64_t tile = first_tile; tile < first_tile + n_tiles(n_rows); ++tile) {
+  for (int64_t column = first_column_of_block; column < first_column_of_block + groups.columns(); ++column) {
+    for (int64_t tile = first_tile; tile < first_tile + n_tiles(block.n_tokens); ++tile) {
       s.total_index_bytes += s.runs[column * tiles + tile].index_bytes;
       s.total_value_bytes += s.runs[column * tiles + tile].value_bytes;
     }
   }
-  s.tokens_done += n_rows;
 }
 
 PlaneSizes Encoder::sizes() const {

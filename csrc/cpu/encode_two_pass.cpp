@@ -37,6 +37,17 @@ double sample_density(const DenseGroups& groups, const Dense& x) {
 
 }  // namespace
 
+PlaneSizes starts_from_sizes(int64_t* tile_ptr, int64_t n_runs) {
+  PlaneSizes total = {0, 0};
+  for (int64_t run = 0; run < n_runs; ++run) {
+    const PlaneSizes size = {tile_ptr[2 * run], tile_ptr[2 * run + 1]};
+    tile_ptr[2 * run] = total.index_bytes;
+    tile_ptr[2 * run + 1] = total.n_values;
+    total = {total.index_bytes + size.index_bytes, total.n_values + size.n_values};
+  }
+  return total;
+}
+
 bool suits_two_passes(const Dense& x, Keep keep) {
   const DenseGroups groups(x, keep);
   return x.n_tokens * x.n_features * groups.item() >= kTwoPassBytes && sample_density(groups, x) > kTwoPassDensity;
@@ -64,14 +75,7 @@ PlaneSizes count(const Dense& x, Keep keep, uint8_t* counts, int64_t* tile_ptr, 
       }
     }
   });
-  PlaneSizes total = {0, 0};
-  for (int64_t run = 0; run < columns * tiles; ++run) {
-    const PlaneSizes size = {tile_ptr[2 * run], tile_ptr[2 * run + 1]};
-    tile_ptr[2 * run] = total.index_bytes;
-    tile_ptr[2 * run + 1] = total.n_values;
-    total = {total.index_bytes + size.index_bytes, total.n_values + size.n_values};
-  }
-  return total;
+  return starts_from_sizes(tile_ptr, columns * tiles);
 }
 
 bool pack(const Dense& x, Keep keep, const int64_t* tile_ptr, PlaneSizes sizes, uint8_t* index, void* values,

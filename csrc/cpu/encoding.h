@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <memory>
 
 #include "../format.h"
@@ -60,10 +61,14 @@ struct Planes {
   int64_t* tile_ptr;
 };
 
-// What a value must satisfy to be stored: |x| > min_abs or NaN, or (keep_negative_zero) x is -0.0.
+// What a value must satisfy to be stored: |x| > min_abs or NaN, or (signed_zero) x is -0.0, or x > its feature's
+// threshold. ReLU and JumpReLU are thresholds alone: `above`.
 struct Keep {
   double min_abs = 0.0;  // >= 0
   bool signed_zero = false;
+  const uint8_t* thresholds = nullptr;  // [n_columns * 256] of the matrix's dtype, none negative
+
+  static Keep above(const uint8_t* thresholds) { return {std::numeric_limits<double>::infinity(), false, thresholds}; }
 };
 
 // A dense matrix [n_tokens, n_features]: unit feature stride, `row_stride` elements between rows, any alignment.
@@ -80,18 +85,17 @@ struct PlaneSizes {
   int64_t n_values;
 };
 
-// Encodes a matrix whose rows arrive in order and whose packed size is not known beforehand; each is read once.
-// append() packs rows into staging memory, in parallel over tiles; finish() lays the columns out.
+// Encodes a matrix that arrives in blocks and whose packed size is not known beforehand; each block is read once.
+// add() packs a block into staging memory, in parallel over tiles; finish() lays the columns out.
 class Encoder {
  public:
-  // `counts` [n_columns, n_tokens] is written by append.
+  // `counts` [n_columns, n_tokens] is written by add.
   Encoder(DType dtype, int64_t n_tokens, int64_t n_features, Keep keep, uint8_t* counts);
   ~Encoder();
-  // rows: [n_rows, n_features], unit feature stride, `row_stride` elements between rows (any alignment).
-  // n_rows is a multiple of kTileTokens, but for the last call.
-  void append(const void* rows, int64_t row_stride, int64_t n_rows, ParallelFor parallel_for);
+  // The block's place in the matrix is in whole tiles and columns; so is its size, but at the matrix's edges.
+  void add(const Dense& block, int64_t first_token, int64_t first_feature, ParallelFor parallel_for);
   PlaneSizes sizes() const;
-  // Writes index, values and tile_ptr once all n_tokens rows have come.
+  // Writes index, values and tile_ptr once every block has come.
   void finish(uint8_t* index, void* values, int64_t* tile_ptr, ParallelFor parallel_for);
 
  private:
@@ -105,6 +109,8 @@ class Encoder {
 PlaneSizes count(const Dense& x, Keep keep, uint8_t* counts, int64_t* tile_ptr, ParallelFor parallel_for);
 bool pack(const Dense& x, Keep keep, const int64_t* tile_ptr, PlaneSizes sizes, uint8_t* index, void* values,
           ParallelFor parallel_for);
+// Turns the sizes of the runs in tile_ptr [n_runs, 2] into their starts; returns the sums.
+PlaneSizes starts_from_sizes(int64_t* tile_ptr, int64_t n_runs);
 // Whether these two passes are faster than an Encoder, by the matrix's size and by the density of some of its rows.
 bool suits_two_passes(const Dense& x, Keep keep);
 

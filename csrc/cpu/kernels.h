@@ -25,12 +25,23 @@ struct DenseTile {
   int64_t n_columns;
   int64_t last_width;  // width of the last of these columns; 256 of the others
   Predicate predicate;
+  const uint8_t* thresholds;  // [n_columns * 256] non-negative elements, or nullptr: what is above its feature's is
+                              // stored too
 };
 
 struct CountTile {
   DenseTile x;        // whole rows are read fastest
   uint8_t* counts;    // [n_rows, n_columns] out
   int64_t* n_values;  // [n_columns] out: a count byte of 255 may stand for 256
+};
+
+// A segment in which to find the elements that a tile with these thresholds [256] would store.
+struct Search {
+  const uint8_t* x;
+  int64_t width;
+  Predicate predicate;
+  const uint8_t* thresholds;
+  uint64_t* found;  // [4] out: one bit per element
 };
 
 struct EncodeTile {
@@ -53,12 +64,56 @@ struct DecodeTile {
   bool stream;         // write past the caches
 };
 
+// ---- Products with an encoding: see sparse_linear.cpp --------------------------------------------------------------
+
+// Floats of an output row that are summed at a time, and the multiple to which narrower rows are padded.
+constexpr int64_t kSlabFloats = 128;
+constexpr int64_t kSlabMultiple = 16;
+
+// Kernels may write this many entries beyond a list that they unpack.
+constexpr int64_t kListSlack = 16;
+
+// A tile of tokens as lists: the stored values of a token, and the feature of each, counted from the first column's.
+struct ListTile {
+  const uint8_t* counts;  // [n_rows, n_columns]
+  const uint8_t** index;  // [n_columns] read cursors, advanced
+  const uint8_t** values;
+  int64_t n_rows;
+  int64_t n_columns;
+  int64_t last_width;
+  uint32_t zero_mask;  // as in DecodeTile
+  int64_t* starts;     // [n_rows + 1] out: where each row's list begins, and the last ends
+  uint32_t* inner;     // [starts[n_rows]] out
+  float* factor;       // ditto
+};
+
+// sums[row] = begin + factor[i] * dense[inner[i]] + ..., over the row's list, in order, each step rounded.
+struct ListSums {
+  const int64_t* starts;
+  const uint32_t* inner;
+  const float* factor;
+  int64_t n_rows;
+  const float* dense;  // [..., width]
+  int64_t width;       // a multiple of kSlabMultiple, at most kSlabFloats
+  const float* begin;  // [width], or nullptr: go on from what sums holds
+  float* sums;         // [n_rows, width]
+};
+
+// What depends on the dtype. list is false if a segment breaks the format.
+struct Conversions {
+  bool (*list)(const ListTile& tile);
+  void (*widen)(const uint8_t* from, int64_t n, float* to);   // fills up with zeros to a multiple of kSlabMultiple
+  void (*narrow)(const float* from, int64_t n, uint8_t* to);  // to the nearest, ties to even
+};
+
 // All variants write identical bytes. The number is the bits of an element.
 // decode returns false if a segment breaks the format; scalar code then finds out which and why.
 struct Kernels {
   const char* name;
   void (*count16)(const CountTile& tile);
   void (*count32)(const CountTile& tile);
+  void (*search16)(const Search& search);
+  void (*search32)(const Search& search);
   void (*encode16)(const EncodeTile& tile);
   void (*encode32)(const EncodeTile& tile);
   bool (*decode16)(const DecodeTile& tile);
@@ -66,6 +121,8 @@ struct Kernels {
   // memcpy past the caches; fence() makes what was copied visible to other threads.
   void (*stream)(const uint8_t* from, uint8_t* to, int64_t n_bytes);
   void (*fence)();
+  Conversions conversions[3];  // by DType
+  void (*sum_lists)(const ListSums& sums);
 };
 
 extern const Kernels kKernelsScalar;

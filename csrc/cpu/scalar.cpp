@@ -1,5 +1,6 @@
 // Portable kernels: what the vector variants must agree with, byte for byte, and the only ones off x86-64.
 #include <cstring>
+#include <type_traits>
 
 #include "kernels.h"
 
@@ -13,18 +14,27 @@ T load(const uint8_t* bytes) {
   return value;
 }
 
-bool is_stored(uint32_t bits, const Predicate& p) { return (bits & p.mask) > p.floor || bits == p.also; }
+bool satisfies(uint32_t bits, const Predicate& p) { return (bits & p.mask) > p.floor || bits == p.also; }
+
+// thresholds may be nullptr. As integers, non-negative elements are ordered like the numbers that they are.
+template <typename T>
+bool is_stored(T bits, int64_t j, const Predicate& p, const uint8_t* thresholds) {
+  using Signed = std::make_signed_t<T>;
+  const bool above = thresholds != nullptr && static_cast<Signed>(bits) > load<Signed>(thresholds + j * sizeof(T));
+  return above || satisfies(bits, p);
+}
 
 uint8_t count_byte(int64_t n) { return static_cast<uint8_t>(n < kCountSaturated ? n : kCountSaturated); }
 
 // Packs one segment; returns its count byte.
 template <typename T>
-uint8_t encode_segment(const uint8_t* x, int64_t width, const Predicate& p, uint8_t*& index, uint8_t*& values) {
+uint8_t encode_segment(const uint8_t* x, int64_t width, const Predicate& p, const uint8_t* thresholds, uint8_t*& index,
+                       uint8_t*& values) {
   uint8_t positions[kColumnWidth];
   int64_t n = 0;
   for (int64_t j = 0; j < width; ++j) {
     const T bits = load<T>(x + j * sizeof(T));
-    if (!is_stored(bits, p)) continue;
+    if (!is_stored(bits, j, p, thresholds)) continue;
     positions[n] = static_cast<uint8_t>(j);
     std::memcpy(values + n * sizeof(T), &bits, sizeof(T));
     ++n;
@@ -42,33 +52,46 @@ uint8_t encode_segment(const uint8_t* x, int64_t width, const Predicate& p, uint
   return count_byte(n);
 }
 
-// body(segment, width, row, column) for all segments of a tile.
+// body(segment, width, thresholds, row, column) for all segments of a tile.
 template <typename T, typename Body>
 void for_segments(const DenseTile& x, Body body) {
   for (int64_t row = 0; row < x.n_rows; ++row) {
     for (int64_t c = 0; c < x.n_columns; ++c) {
-      body(x.rows + row * x.row_bytes + c * kColumnWidth * sizeof(T), c + 1 < x.n_columns ? kColumnWidth : x.last_width,
-           row, c);
+      const int64_t start = c * kColumnWidth * static_cast<int64_t>(sizeof(T));
+      body(x.rows + row * x.row_bytes + start, c + 1 < x.n_columns ? kColumnWidth : x.last_width,
+           x.thresholds == nullptr ? nullptr : x.thresholds + start, row, c);
     }
   }
 }
 
 template <typename T>
 void encode(const EncodeTile& tile) {
-  for_segments<T>(tile.x, [&](const uint8_t* x, int64_t width, int64_t row, int64_t c) {
-    tile.counts[row * kGroupColumns + c] = encode_segment<T>(x, width, tile.x.predicate, tile.index[c], tile.values[c]);
+  for_segments<T>(tile.x, [&](const uint8_t* x, int64_t width, const uint8_t* thresholds, int64_t row, int64_t c) {
+    tile.counts[row * kGroupColumns + c] =
+        encode_segment<T>(x, width, tile.x.predicate, thresholds, tile.index[c], tile.values[c]);
   });
 }
 
 template <typename T>
 void count(const CountTile& tile) {
   for (int64_t c = 0; c < tile.x.n_columns; ++c) tile.n_values[c] = 0;
-  for_segments<T>(tile.x, [&](const uint8_t* x, int64_t width, int64_t row, int64_t c) {
+  for_segments<T>(tile.x, [&](const uint8_t* x, int64_t width, const uint8_t* thresholds, int64_t row, int64_t c) {
     int64_t n = 0;
-    for (int64_t j = 0; j < width; ++j) n += is_stored(load<T>(x + j * sizeof(T)), tile.x.predicate);
+    for (int64_t j = 0; j < width; ++j) {
+      n += is_stored(load<T>(x + j * sizeof(T)), j, tile.x.predicate, thresholds);
+    }
     tile.counts[row * tile.x.n_columns + c] = count_byte(n);
     tile.n_values[c] += n;
   });
+}
+
+template <typename T>
+void search(const Search& search) {
+  for (int64_t i = 0; i < kColumnWidth / 64; ++i) search.found[i] = 0;
+  for (int64_t j = 0; j < search.width; ++j) {
+    const uint64_t found = is_stored(load<T>(search.x + j * sizeof(T)), j, search.predicate, search.thresholds);
+    search.found[j / 64] |= found << (j % 64);
+  }
 }
 
 // Writes one segment into `out`, zeros included; false if it breaks the format.
@@ -121,13 +144,140 @@ bool decode(const DecodeTile& tile) {
   return true;
 }
 
+// ---- Products -------------------------------------------------------------------------------------------------
+
+float as_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+uint32_t as_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+
+constexpr float kTwoTo112 = 0x1p112f;  // between the exponent biases of float32 and float16
+
+template <DType dtype>
+struct Convert;
+
+template <>
+struct Convert<DType::float32> {
+  using Bits = uint32_t;
+  static float widen(uint32_t bits) { return as_float(bits); }
+  static uint32_t narrow(float x) { return as_bits(x); }
+};
+
+template <>
+struct Convert<DType::bfloat16> {
+  using Bits = uint16_t;
+  static float widen(uint16_t bits) { return as_float(uint32_t{bits} << 16); }
+  static uint16_t narrow(float x) {
+    const uint32_t bits = as_bits(x);
+    const uint32_t rounded = x != x ? bits | 0x400000 : bits + 0x7fff + ((bits >> 16) & 1);
+    return static_cast<uint16_t>(rounded >> 16);
+  }
+};
+
+template <>
+struct Convert<DType::float16> {
+  using Bits = uint16_t;
+  static float widen(uint16_t bits) {
+    const uint32_t sign = (bits & 0x8000u) << 16;
+    const uint32_t magnitude = (bits & 0x7fffu) << 13;
+    if (magnitude > 0x0f800000) return as_float(sign | magnitude | 0x7fc00000);  // NaN
+    if (magnitude == 0x0f800000) return as_float(sign | 0x7f800000);
+    return as_float(sign | as_bits(as_float(magnitude) * kTwoTo112));
+  }
+  static uint16_t narrow(float x) {
+    const uint32_t sign = (as_bits(x) >> 16) & 0x8000;
+    const uint32_t magnitude = as_bits(x) & 0x7fffffff;
+    uint32_t bits;
+    if (magnitude > 0x7f800000) {
+      bits = 0x7e00 | ((magnitude >> 13) & 0x3ff);  // NaN
+    } else if (magnitude >= 0x47800000) {
+      bits = 0x7c00;  // 65536 and more
+    } else if (magnitude < 0x38800000) {
+      bits = as_bits(as_float(magnitude) + 0.5f) - as_bits(0.5f);  // subnormal: the addition rounds to 2^-24
+    } else {
+      bits = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    }
+    return static_cast<uint16_t>(sign | bits);
+  }
+};
+
+template <DType dtype>
+void widen(const uint8_t* from, int64_t n, float* to) {
+  using Bits = typename Convert<dtype>::Bits;
+  int64_t i = 0;
+  for (; i < n; ++i) to[i] = Convert<dtype>::widen(load<Bits>(from + i * sizeof(Bits)));
+  for (; i % kSlabMultiple != 0; ++i) to[i] = 0;
+}
+
+template <DType dtype>
+void narrow(const float* from, int64_t n, uint8_t* to) {
+  for (int64_t i = 0; i < n; ++i) {
+    const typename Convert<dtype>::Bits bits = Convert<dtype>::narrow(from[i]);
+    std::memcpy(to + i * sizeof(bits), &bits, sizeof(bits));
+  }
+}
+
+template <DType dtype>
+bool list(const ListTile& tile) {
+  using Bits = typename Convert<dtype>::Bits;
+  int64_t n = 0;
+  for (int64_t row = 0; row < tile.n_rows; ++row) {
+    tile.starts[row] = n;
+    for (int64_t c = 0; c < tile.n_columns; ++c) {
+      const uint8_t count = tile.counts[row * tile.n_columns + c];
+      const int64_t width = c + 1 < tile.n_columns ? kColumnWidth : tile.last_width;
+      Bits segment[kColumnWidth];
+      auto* out = reinterpret_cast<uint8_t*>(segment);
+      if (count == 0) continue;
+      if (!decode_segment<Bits>(count, width, tile.zero_mask, tile.index[c], tile.values[c], out)) return false;
+      for (int64_t j = 0; j < width; ++j) {
+        if (segment[j] == 0) continue;
+        tile.inner[n] = static_cast<uint32_t>(c * kColumnWidth + j);
+        tile.factor[n++] = Convert<dtype>::widen(segment[j]);
+      }
+    }
+  }
+  tile.starts[tile.n_rows] = n;
+  return true;
+}
+
+void sum_lists(const ListSums& s) {
+  for (int64_t row = 0; row < s.n_rows; ++row) {
+    float* sums = s.sums + row * s.width;
+    if (s.begin != nullptr) std::memcpy(sums, s.begin, s.width * sizeof(float));
+    for (int64_t i = s.starts[row]; i < s.starts[row + 1]; ++i) {
+      const float* dense = s.dense + s.inner[i] * s.width;
+      for (int64_t k = 0; k < s.width; ++k) sums[k] += s.factor[i] * dense[k];
+    }
+  }
+}
+
 void stream(const uint8_t* from, uint8_t* to, int64_t n_bytes) { std::memcpy(to, from, n_bytes); }
 void fence() {}
 
 }  // namespace
 
-const Kernels kKernelsScalar = {"scalar",         count<uint16_t>,  count<uint32_t>,
-                                encode<uint16_t>, encode<uint32_t>, decode<uint16_t>,
-                                decode<uint32_t>, stream,           fence};
+const Kernels kKernelsScalar = {"scalar",
+                                count<uint16_t>,
+                                count<uint32_t>,
+                                search<uint16_t>,
+                                search<uint32_t>,
+                                encode<uint16_t>,
+                                encode<uint32_t>,
+                                decode<uint16_t>,
+                                decode<uint32_t>,
+                                stream,
+                                fence,
+                                {{list<DType::float32>, widen<DType::float32>, narrow<DType::float32>},
+                                 {list<DType::bfloat16>, widen<DType::bfloat16>, narrow<DType::bfloat16>},
+                                 {list<DType::float16>, widen<DType::float16>, narrow<DType::float16>}},
+                                sum_lists};
 
 }  // namespace pyfacts::cpu

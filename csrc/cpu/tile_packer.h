@@ -17,7 +17,10 @@ namespace pyfacts::cpu {
 class DenseGroups {
  public:
   DenseGroups(const Dense& x, Keep keep)
-      : x_(x), predicate_(make_predicate(x.dtype, keep.min_abs, keep.signed_zero)), columns_(n_columns(x.n_features)) {}
+      : x_(x),
+        predicate_(make_predicate(x.dtype, keep.min_abs, keep.signed_zero)),
+        thresholds_(keep.thresholds),
+        columns_(n_columns(x.n_features)) {}
 
   int64_t item() const { return item_bytes(x_.dtype); }
   int64_t columns() const { return columns_; }
@@ -50,11 +53,13 @@ class DenseGroups {
             n_rows,
             n,
             column_width(x_.n_features, first_column + n - 1),
-            predicate_};
+            predicate_,
+            thresholds_ == nullptr ? nullptr : thresholds_ + first_column * kColumnWidth * item()};
   }
 
   Dense x_;
   Predicate predicate_;
+  const uint8_t* thresholds_;
   int64_t columns_;
 };
 

@@ -1,6 +1,5 @@
-// What can be done with an encoding without making it dense: slices, stacks, one feature, CSR, statistics.
+// What can be done with an encoding without making it dense: slices, stacks, one feature, CSR.
 // They walk segments one by one (see segments.h) and move packed bytes.
-#include <cmath>
 #include <cstring>
 #include <memory>
 

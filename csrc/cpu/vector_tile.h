@@ -2,12 +2,17 @@
 //
 // A class `Isa` supplies the vector steps, all on one segment of 256 elements, whose bitmap is four 64-bit words:
 //
-//   make_bitmap<T, plain>(x, predicate, words)             one bit per element: whether it is stored
+//   make_bitmap<T, rule>(x, predicate, thresholds, words)  one bit per element: whether it is stored
 //   pack<T>(x, words, values)                              the stored values; writes up to 64 bytes beyond them
 //   pack_both<T>(x, words, n, index, values)               and their positions; ditto; may be put off until flush()
 //   unpack<T>(values, words, out)                          the reverse of pack, zeros included; reads 64 bytes beyond
 //   any_zero<T>(values, n, zero_mask)                      whether one of n values is a zero; reads 64 bytes beyond
 //   ascending(index, n)                                    whether 1..32 positions are; reads 33 bytes
+//   Floats, kLanes                                         a vector of floats, and how many
+//   load_floats(from), store_floats(to, x), repeat(x)      any alignment
+//   multiply(x, y), add(x, y)                              each rounds: their results are the same everywhere
+//   widen<dtype>(from), narrow<dtype>(x, to)               kLanes elements to floats, and back
+//   list_positions(index, first, inner)                    kLanes positions as 32-bit numbers, counted on from first
 //   clear(out, n_bytes), move_line(from, to), stream_line(from, to), end_streaming()     lines of 64 aligned bytes at
 //   `to` kFew                                                   up to this many values pack_few is faster than
 //   pack_both
@@ -18,6 +23,7 @@
 #include <immintrin.h>
 
 #include <cstring>
+#include <type_traits>
 
 #include "kernels.h"
 
@@ -25,6 +31,31 @@ namespace pyfacts::cpu {
 namespace {
 
 constexpr int64_t kLineBytes = 64;
+
+// By what it is decided whether an element is stored: see DenseTile and Predicate.
+enum class Rule { nonzero, predicate, threshold };
+
+// call(constant) with the tile's rule as a compile-time constant.
+template <Rule value>
+struct RuleConstant {
+  static constexpr Rule rule = value;
+};
+template <typename Call>
+void with_rule(const DenseTile& tile, Call call) {
+  if (tile.thresholds != nullptr) {
+    call(RuleConstant<Rule::threshold>());
+  } else if (tile.predicate.plain) {
+    call(RuleConstant<Rule::nonzero>());
+  } else {
+    call(RuleConstant<Rule::predicate>());
+  }
+}
+
+// The thresholds of a column; none without a rule that asks for them.
+template <Rule rule, typename T>
+const uint8_t* thresholds_of(const DenseTile& tile, int64_t column) {
+  return rule == Rule::threshold ? tile.thresholds + column * kColumnWidth * static_cast<int64_t>(sizeof(T)) : nullptr;
+}
 
 inline int64_t popcount(const uint64_t* words) {
   return _mm_popcnt_u64(words[0]) + _mm_popcnt_u64(words[1]) + _mm_popcnt_u64(words[2]) + _mm_popcnt_u64(words[3]);
@@ -94,11 +125,11 @@ inline void pack_positions(const uint64_t* words, uint8_t* index) {
 inline uint8_t count_byte(int64_t n) { return static_cast<uint8_t>(n < kCountSaturated ? n : kCountSaturated); }
 
 // Appends one segment to its column; returns its exact count.
-template <typename Isa, typename T, bool plain>
-int64_t encode_segment(Isa& isa, const uint8_t* x, const Predicate& predicate, int64_t bitmap_bytes, uint8_t*& index,
-                       uint8_t*& values) {
+template <typename Isa, typename T, Rule rule>
+int64_t encode_segment(Isa& isa, const uint8_t* x, const Predicate& predicate, const uint8_t* thresholds,
+                       int64_t bitmap_bytes, uint8_t*& index, uint8_t*& values) {
   uint64_t words[4];
-  Isa::template make_bitmap<T, plain>(x, predicate, words);
+  Isa::template make_bitmap<T, rule>(x, predicate, thresholds, words);
   const int64_t n = popcount(words);
   if (n <= bitmap_bytes) {
     if (n <= Isa::kFew) {
@@ -116,7 +147,7 @@ int64_t encode_segment(Isa& isa, const uint8_t* x, const Predicate& predicate, i
   return n;
 }
 
-template <typename Isa, typename T, bool plain>
+template <typename Isa, typename T, Rule rule>
 void encode_rows(const EncodeTile& tile) {
   constexpr int64_t kSegmentBytes = kColumnWidth * sizeof(T);
   const DenseTile& dense = tile.x;
@@ -131,24 +162,26 @@ void encode_rows(const EncodeTile& tile) {
     uint8_t* counts = tile.counts + row * kGroupColumns;
     for (int64_t c = 0; c < n_full; ++c) {
       prefetch(ahead + c * kSegmentBytes, kSegmentBytes);
-      counts[c] = count_byte(encode_segment<Isa, T, plain>(isa, x + c * kSegmentBytes, dense.predicate,
-                                                           kColumnWidth / 8, tile.index[c], tile.values[c]));
+      counts[c] = count_byte(encode_segment<Isa, T, rule>(isa, x + c * kSegmentBytes, dense.predicate,
+                                                          thresholds_of<rule, T>(dense, c), kColumnWidth / 8,
+                                                          tile.index[c], tile.values[c]));
     }
     if (!narrow) continue;
     std::memcpy(padded, x + n_full * kSegmentBytes, dense.last_width * sizeof(T));
-    counts[n_full] = count_byte(encode_segment<Isa, T, plain>(isa, padded, dense.predicate, (dense.last_width + 7) / 8,
-                                                              tile.index[n_full], tile.values[n_full]));
+    counts[n_full] =
+        count_byte(encode_segment<Isa, T, rule>(isa, padded, dense.predicate, thresholds_of<rule, T>(dense, n_full),
+                                                (dense.last_width + 7) / 8, tile.index[n_full], tile.values[n_full]));
   }
   isa.flush();
 }
 
 template <typename Isa, typename T>
 void encode(const EncodeTile& tile) {
-  tile.x.predicate.plain ? encode_rows<Isa, T, true>(tile) : encode_rows<Isa, T, false>(tile);
+  with_rule(tile.x, [&](auto constant) { encode_rows<Isa, T, constant.rule>(tile); });
 }
 
 // Whole rows need no prefetch of ours.
-template <typename Isa, typename T, bool plain>
+template <typename Isa, typename T, Rule rule>
 void count_rows(const CountTile& tile) {
   constexpr int64_t kSegmentBytes = kColumnWidth * sizeof(T);
   const DenseTile& dense = tile.x;
@@ -160,7 +193,8 @@ void count_rows(const CountTile& tile) {
     for (int64_t c = 0; c < dense.n_columns; ++c, x += kSegmentBytes) {
       if (c == n_full) std::memcpy(padded, x, dense.last_width * sizeof(T));
       uint64_t words[4];
-      Isa::template make_bitmap<T, plain>(c == n_full ? padded : x, dense.predicate, words);
+      Isa::template make_bitmap<T, rule>(c == n_full ? padded : x, dense.predicate, thresholds_of<rule, T>(dense, c),
+                                         words);
       const int64_t n = popcount(words);
       tile.counts[row * dense.n_columns + c] = count_byte(n);
       tile.n_values[c] += n;
@@ -170,7 +204,16 @@ void count_rows(const CountTile& tile) {
 
 template <typename Isa, typename T>
 void count(const CountTile& tile) {
-  tile.x.predicate.plain ? count_rows<Isa, T, true>(tile) : count_rows<Isa, T, false>(tile);
+  with_rule(tile.x, [&](auto constant) { count_rows<Isa, T, constant.rule>(tile); });
+}
+
+template <typename Isa, typename T>
+void search(const Search& search) {
+  alignas(kLineBytes) uint8_t padded[kColumnWidth * sizeof(T)] = {};
+  const bool narrow = search.width < kColumnWidth;
+  if (narrow) std::memcpy(padded, search.x, search.width * sizeof(T));
+  Isa::template make_bitmap<T, Rule::threshold>(narrow ? padded : search.x, search.predicate, search.thresholds,
+                                                search.found);
 }
 
 // ---- Decode ---------------------------------------------------------------------------------------------------
@@ -242,17 +285,140 @@ bool decode(const DecodeTile& tile) {
   return ok;
 }
 
+// ---- Products -------------------------------------------------------------------------------------------------
+
+template <DType dtype>
+using BitsOf = std::conditional_t<dtype == DType::float32, uint32_t, uint16_t>;
+
+// Appends one segment's values and their features to a list of n; false if it breaks the format.
+template <typename Isa, DType dtype>
+bool list_segment(uint8_t count, int64_t width, uint32_t first, uint32_t zero_mask, const uint8_t*& index,
+                  const uint8_t*& values, uint32_t* inner, float* factor, int64_t& n) {
+  using Bits = BitsOf<dtype>;
+  const int64_t bitmap_bytes = (width + 7) / 8;
+  int64_t found = count;
+  const uint8_t* positions = index;
+  uint8_t from_bitmap[kColumnWidth + kLineBytes];
+  if (count == 0) return true;
+  if (count <= bitmap_bytes) {
+    if (!Isa::ascending(index, count) || index[count - 1] >= width) return false;
+    index += count;
+  } else {
+    uint64_t words[4] = {};
+    std::memcpy(words, index, bitmap_bytes);
+    found = popcount(words);
+    if (found != count && !(count == kCountSaturated && found == kColumnWidth)) return false;
+    if (index[bitmap_bytes - 1] >> (8 - (8 * bitmap_bytes - width)) != 0) return false;
+    pack_positions(words, from_bitmap);
+    positions = from_bitmap;
+    index += bitmap_bytes;
+  }
+  for (int64_t i = 0; i < found; i += Isa::kLanes) {
+    Isa::list_positions(positions + i, first, inner + n + i);
+    Isa::store_floats(factor + n + i, Isa::template widen<dtype>(values + i * sizeof(Bits)));
+  }
+  const bool ok = !Isa::template any_zero<Bits>(values, found, zero_mask);
+  values += found * sizeof(Bits);
+  n += found;
+  return ok;
+}
+
+template <typename Isa, DType dtype>
+bool list(const ListTile& tile) {
+  int64_t n = 0;
+  bool ok = true;
+  for (int64_t row = 0; row < tile.n_rows && ok; ++row) {
+    tile.starts[row] = n;
+    const uint8_t* counts = tile.counts + row * tile.n_columns;
+    for (int64_t c = 0; c < tile.n_columns && ok; ++c) {
+      const int64_t width = c + 1 < tile.n_columns ? kColumnWidth : tile.last_width;
+      ok = list_segment<Isa, dtype>(counts[c], width, static_cast<uint32_t>(c * kColumnWidth), tile.zero_mask,
+                                    tile.index[c], tile.values[c], tile.inner, tile.factor, n);
+    }
+  }
+  tile.starts[tile.n_rows] = n;
+  return ok;
+}
+
+template <typename Isa, DType dtype>
+void widen(const uint8_t* from, int64_t n, float* to) {
+  constexpr int64_t kItem = sizeof(BitsOf<dtype>);
+  const int64_t whole = n - n % kSlabMultiple;
+  for (int64_t i = 0; i < whole; i += Isa::kLanes) {
+    Isa::store_floats(to + i, Isa::template widen<dtype>(from + i * kItem));
+  }
+  if (whole == n) return;
+  uint8_t rest[kSlabMultiple * kItem] = {};
+  std::memcpy(rest, from + whole * kItem, (n - whole) * kItem);
+  for (int64_t i = 0; i < kSlabMultiple; i += Isa::kLanes) {
+    Isa::store_floats(to + whole + i, Isa::template widen<dtype>(rest + i * kItem));
+  }
+}
+
+// `from` is filled up to a multiple of kSlabMultiple.
+template <typename Isa, DType dtype>
+void narrow(const float* from, int64_t n, uint8_t* to) {
+  constexpr int64_t kItem = sizeof(BitsOf<dtype>);
+  const int64_t whole = n - n % Isa::kLanes;
+  for (int64_t i = 0; i < whole; i += Isa::kLanes) {
+    Isa::template narrow<dtype>(Isa::load_floats(from + i), to + i * kItem);
+  }
+  if (whole == n) return;
+  uint8_t rest[Isa::kLanes * kItem];
+  Isa::template narrow<dtype>(Isa::load_floats(from + whole), rest);
+  std::memcpy(to + whole * kItem, rest, (n - whole) * kItem);
+}
+
+// The floats [first, first + n_vectors * kLanes) of every sum, which stay in registers along a list.
+template <typename Isa, int n_vectors>
+void sum_lists_part(const ListSums& s, int64_t first) {
+  for (int64_t row = 0; row < s.n_rows; ++row) {
+    const int64_t end = s.starts[row + 1];
+    if (s.starts[row] == end && s.begin == nullptr) continue;
+    float* sums = s.sums + row * s.width + first;
+    const float* begin = s.begin != nullptr ? s.begin + first : sums;
+    typename Isa::Floats sum[n_vectors];
+    for (int k = 0; k < n_vectors; ++k) sum[k] = Isa::load_floats(begin + k * Isa::kLanes);
+    for (int64_t i = s.starts[row]; i < end; ++i) {
+      const float* dense = s.dense + s.inner[i] * s.width + first;
+      const auto factor = Isa::repeat(s.factor[i]);
+      for (int k = 0; k < n_vectors; ++k) {
+        sum[k] = Isa::add(sum[k], Isa::multiply(factor, Isa::load_floats(dense + k * Isa::kLanes)));
+      }
+    }
+    for (int k = 0; k < n_vectors; ++k) Isa::store_floats(sums + k * Isa::kLanes, sum[k]);
+  }
+}
+
+template <typename Isa>
+void sum_lists(const ListSums& s) {
+  int64_t first = 0;
+  for (; first + 8 * Isa::kLanes <= s.width; first += 8 * Isa::kLanes) sum_lists_part<Isa, 8>(s, first);
+  for (; first + 4 * Isa::kLanes <= s.width; first += 4 * Isa::kLanes) sum_lists_part<Isa, 4>(s, first);
+  for (; first < s.width; first += Isa::kLanes) sum_lists_part<Isa, 1>(s, first);
+}
+
+template <typename Isa, DType dtype>
+constexpr Conversions make_conversions() {
+  return {list<Isa, dtype>, widen<Isa, dtype>, narrow<Isa, dtype>};
+}
+
 template <typename Isa>
 constexpr Kernels make_kernels(const char* name) {
   return {name,
           count<Isa, uint16_t>,
           count<Isa, uint32_t>,
+          search<Isa, uint16_t>,
+          search<Isa, uint32_t>,
           encode<Isa, uint16_t>,
           encode<Isa, uint32_t>,
           decode<Isa, uint16_t>,
           decode<Isa, uint32_t>,
           stream<Isa>,
-          Isa::end_streaming};
+          Isa::end_streaming,
+          {make_conversions<Isa, DType::float32>(), make_conversions<Isa, DType::bfloat16>(),
+           make_conversions<Isa, DType::float16>()},
+          sum_lists<Isa>};
 }
 
 }  // namespace

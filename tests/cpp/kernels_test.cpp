@@ -61,9 +61,14 @@ double to_double(DType dtype, uint32_t bits) {
   return (bits & sign_bit(dtype)) != 0 ? -magnitude : magnitude;
 }
 
-bool is_kept(DType dtype, uint32_t bits, Keep keep) {
+bool is_kept(DType dtype, uint32_t bits, int64_t feature, Keep keep) {
   const double x = to_double(dtype, bits);
   if (keep.signed_zero && bits == sign_bit(dtype)) return true;
+  if (keep.thresholds != nullptr) {
+    uint32_t threshold = 0;
+    std::memcpy(&threshold, keep.thresholds + feature * item_bytes(dtype), item_bytes(dtype));
+    if (x > to_double(dtype, threshold)) return true;
+  }
   return std::isnan(x) || std::fabs(x) > keep.min_abs;
 }
 
@@ -80,7 +85,7 @@ Reference reference_encode(DType dtype, const Bits& x, int64_t n_tokens, int64_t
       Bytes positions, bitmap(bitmap_size, 0);
       for (int64_t j = 0; j < width; ++j) {
         const uint32_t bits = x[t * n_features + first + j];
-        if (!is_kept(dtype, bits, keep)) continue;
+        if (!is_kept(dtype, bits, first + j, keep)) continue;
         positions.push_back(static_cast<uint8_t>(j));
         bitmap[j / 8] |= static_cast<uint8_t>(1 << (j % 8));
         for (int64_t byte = 0; byte < item_bytes(dtype); ++byte) r.values.push_back((bits >> (8 * byte)) & 0xff);
@@ -153,14 +158,17 @@ Bytes dense_bytes(DType dtype, const Bits& x, int64_t n_tokens, int64_t n_featur
 }
 
 Encoded encode(DType dtype, const Bits& x, int64_t n_tokens, int64_t n_features, Keep keep, int64_t stride,
-               int64_t offset, int64_t rows_per_append, ParallelFor parallel_for) {
+               int64_t offset, int64_t block_tokens, int64_t block_features, ParallelFor parallel_for) {
   const Bytes dense = dense_bytes(dtype, x, n_tokens, n_features, stride, offset);
   const int64_t item = item_bytes(dtype);
   Buffer counts(n_columns(n_features) * n_tokens);
   Encoder encoder(dtype, n_tokens, n_features, keep, counts.data());
-  for (int64_t row = 0; row < n_tokens; row += rows_per_append) {
-    encoder.append(dense.data() + offset + row * stride * item, stride, std::min(rows_per_append, n_tokens - row),
-                   parallel_for);
+  for (int64_t row = 0; row < n_tokens; row += block_tokens) {
+    for (int64_t feature = 0; feature < n_features; feature += block_features) {
+      encoder.add({dtype, dense.data() + offset + (row * stride + feature) * item, stride,
+                   std::min(block_tokens, n_tokens - row), std::min(block_features, n_features - feature)},
+                  row, feature, parallel_for);
+    }
   }
   Buffer index(encoder.sizes().index_bytes, 1);
   Buffer values(encoder.sizes().n_values * item, 3);
@@ -207,7 +215,7 @@ void test_decode(const Encoded& e, const Bits& x, Keep keep, int64_t stride, int
       uint32_t expected = item == 4 ? 0xcdcdcdcdu : 0xcdcdu;  // between rows nothing is written
       if (f < e.n_features) {
         const uint32_t bits = x[t * e.n_features + f];
-        expected = is_kept(e.dtype, bits, keep) ? bits : 0;
+        expected = is_kept(e.dtype, bits, f, keep) ? bits : 0;
       }
       if (got != expected) require(false, "decode differs at " + std::to_string(t) + ", " + std::to_string(f));
     }
@@ -283,7 +291,8 @@ void test_round_trip(DType dtype, Pattern pattern, double density, int64_t n_tok
   const Bits x = make_matrix(dtype, pattern, density, n_tokens, n_features);
   const int64_t stride = n_features + (below(2) != 0 ? below(40) : 0);
   const ParallelFor parallel_for = below(2) != 0 ? run_in_two_threads : run_serially;
-  const Encoded e = encode(dtype, x, n_tokens, n_features, keep, stride, below(9), 128 * (1 + below(3)), parallel_for);
+  const Encoded e = encode(dtype, x, n_tokens, n_features, keep, stride, below(9), 128 * (1 + below(3)),
+                           256 * (1 + below(4)), parallel_for);
   const Reference expected = reference_encode(dtype, x, n_tokens, n_features, keep);
   compare(e.planes, expected);
   compare(encode_in_two_passes(dtype, x, n_tokens, n_features, keep, stride, below(9), parallel_for).planes, expected);
@@ -320,12 +329,30 @@ void test_round_trips() {
   }
 }
 
+// A threshold for each feature, among them zero, infinity and those that equal elements.
+void test_thresholds(DType dtype) {
+  const double infinity = std::numeric_limits<double>::infinity();
+  for (const int64_t n_features : {1, 31, 256, 300, 1100}) {
+    Bytes thresholds(n_columns(n_features) * kColumnWidth * item_bytes(dtype), 0);
+    for (int64_t j = 0; j < n_features; ++j) {
+      uint32_t threshold = special(dtype) & (sign_bit(dtype) - 1);
+      if (std::isnan(to_double(dtype, threshold))) threshold = 0;
+      std::memcpy(thresholds.data() + j * item_bytes(dtype), &threshold, item_bytes(dtype));
+    }
+    for (const double density : {0.01, 0.1, 0.5, 1.0}) {
+      test_round_trip(dtype, Pattern::specials, density, 140, n_features, {infinity, false, thresholds.data()});
+      test_round_trip(dtype, Pattern::dense_mix, density, 140, n_features, {infinity, false, thresholds.data()});
+      test_round_trip(dtype, Pattern::specials, density, 20, n_features, {1.0, true, thresholds.data()});
+    }
+  }
+}
+
 // Large enough for streaming stores; the reference is the dense input itself.
 void test_large(DType dtype) {
   context = std::string("large ") + name(dtype);
   const int64_t n_tokens = 260, n_features = 256 * 66 + 9;
   const Bits x = make_matrix(dtype, Pattern::exact_counts, 0, n_tokens, n_features);
-  const Encoded e = encode(dtype, x, n_tokens, n_features, {}, n_features, 2, 256, run_in_two_threads);
+  const Encoded e = encode(dtype, x, n_tokens, n_features, {}, n_features, 2, 256, n_features, run_in_two_threads);
   test_decode(e, x, {}, n_features + 3, 5, run_in_two_threads);
   test_decode(e, x, {}, n_features + 23, 64, run_serially);
   compare(encode_in_two_passes(dtype, x, n_tokens, n_features, {}, n_features, 6, run_in_two_threads).planes, e.planes);
@@ -387,7 +414,7 @@ void test_faults(DType dtype) {
   fill(151, 0, 255);    // saturated
   fill(4, 256 + 1, 3);  // positions, column 1
   fill(160, 256, 60);   // bitmap
-  const Encoded good = encode(dtype, x, T, F, {}, F, 0, 256, run_serially);
+  const Encoded good = encode(dtype, x, T, F, {}, F, 0, 256, F, run_serially);
   require(check(good.view(), false, run_serially).ok(), "valid");
   // Index plane: column 0: 5 positions, bitmaps at 5, 37, 69 (32 bytes each); column 1: 3 positions at 101, bitmap 104.
   const auto broken = [&](auto change) {
@@ -445,7 +472,7 @@ void test_faults(DType dtype) {
 void test_random_damage(DType dtype) {
   const int64_t T = 140, F = 300;
   const Bits x = make_matrix(dtype, Pattern::exact_counts, 0, T, F);
-  const Encoded good = encode(dtype, x, T, F, {}, F, 0, 256, run_serially);
+  const Encoded good = encode(dtype, x, T, F, {}, F, 0, 256, F, run_serially);
   for (int i = 0; i < 300; ++i) {
     context = "random damage " + std::to_string(i);
     Encoded e = good;
@@ -473,7 +500,7 @@ void test_transforms(DType dtype) {
   const int64_t item = item_bytes(dtype);
   const int64_t T = 300, F = 600;
   const Bits x = make_matrix(dtype, Pattern::exact_counts, 0, T, F);
-  const Encoded e = encode(dtype, x, T, F, {}, F, 0, 512, run_serially);
+  const Encoded e = encode(dtype, x, T, F, {}, F, 0, 512, F, run_serially);
   const auto rows = [&](int64_t start, int64_t stop) { return Bits(x.begin() + start * F, x.begin() + stop * F); };
   const auto empty_planes = [&](int64_t n_tokens, int64_t index_size, int64_t n_values) {
     return Reference{Bytes(3 * n_tokens), Bytes(index_size), Bytes(n_values * item),
@@ -574,6 +601,7 @@ int main() {
     test_suits_two_passes();
     for (const DType dtype : kDTypes) {
       test_changed_matrix(dtype);
+      test_thresholds(dtype);
       test_large(dtype);
       test_faults(dtype);
       test_random_damage(dtype);

@@ -1,0 +1,32 @@
+"""Gemma Scope's `params.npz`: a JumpReLU SAE whose numbers are used as they stand.
+
+The file does not say where in Gemma it belongs; its directory's name does, so `hook_name` is None.
+"""
+
+from pathlib import Path
+
+import torch
+
+from .files import read_npz
+from .record import SAE
+
+
+def load(path: Path, dtype: torch.dtype | None) -> SAE:
+    tensors = read_npz(path)
+    d_in, d_sae = tensors.matrix_shape("W_enc")
+    dtype = dtype or tensors.dtype("W_enc")
+    weight = tensors.rows("W_enc", (d_in, d_sae), dtype, transpose=True)
+    W_dec = tensors.rows("W_dec", (d_sae, d_in), dtype)
+    b_enc = tensors.vector("b_enc", d_sae)
+    b_dec = tensors.vector("b_dec", d_in)
+    threshold = tensors.vector("threshold", d_sae)
+    tensors.finish()
+    return SAE(
+        weight.T,
+        b_enc.to(dtype),
+        W_dec,
+        b_dec.to(dtype),
+        activation="jumprelu",
+        threshold=threshold.to(dtype),
+        source_format="gemma_scope",
+    )
