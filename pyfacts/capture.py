@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
@@ -10,9 +11,10 @@ from types import TracebackType
 import torch
 from torch import Tensor, nn
 
+from .attach import SaesByHook, resolve_captured
 from .encoding import EncodedActivations
 from .errors import UnknownHookError
-from .models import HookPoint, NamesFilter, resolve_hooks
+from .models import HookPoint, NamesFilter
 from .select import Select
 from .stream import ActivationStream, never_fired
 from .tokens import Activations, TokenMask, join
@@ -38,18 +40,25 @@ class capture:
         model: a Hugging Face, TransformerLens or plain model.
         names_filter: None for every MLP's neurons; a name or a list of names from `pyfacts.hook_points(model)`, or
             module paths (`"fc2"` is its input, `"fc2:output"` its output); or a callable that is asked about each name.
+            With `saes`, None is no hook but their latents.
         select: None keeps every value that is not zero, exactly. `pyfacts.topk(k)` and `pyfacts.min_abs(theta)` keep
             less of dense activations; `dropped_share` of the result says how much they dropped.
         token_mask: which tokens to keep, instead of the attention mask: a bool tensor [batch, pos]; a callable that is
             given `input_ids` and returns one, for several forwards (`lambda ids: ids != tokenizer.bos_token_id`); or a
             dict of tensors for the streams "encoder" and "decoder".
+        saes: SAEs by the hook whose activations they read: the residual stream (`blocks.3.hook_resid_pre`), an MLP's
+            input, neurons or output, or a module path. Each adds its latents [n_tokens, d_sae], under the hook's name
+            followed by `.hook_sae_acts_post`, in the SAE's own dtype whatever the model's; what the SAE reads is not
+            kept, and `select` does not apply to latents. An SAE is anything that fulfils
+            `pyfacts.attach.SparseAutoencoder`; it is moved to the activations' device.
 
     Returns:
         On entering, an `ActivationCache`.
 
     Raises:
-        ValueError: an unknown hook (with close matches), a mixture of experts' neurons, no recognisable MLPs; from
-            inside the forward, activations of another width than the hook's, or a mask that does not fit.
+        ValueError: an unknown hook (with close matches), a mixture of experts' neurons, no recognisable MLPs, an SAE of
+            another width than its hook; from inside the forward, activations of another width than the hook's, or a
+            mask that does not fit.
         TypeError: an argument of another type; from inside the forward, activations of an unsupported dtype.
         HookNeverFired: (a ValueError and a RuntimeError) at the end, a hook that saw no activations.
 
@@ -70,19 +79,20 @@ class capture:
         names_filter: NamesFilter = None,
         select: Select | None = None,
         token_mask: TokenMask = None,
+        saes: SaesByHook | None = None,
     ) -> None:
-        self._points = resolve_hooks(model, names_filter)
+        points, latents = resolve_captured(model, names_filter, saes)
+        self._points = [*points, *latents]
         self._select = select
-        self._model = model
-        self._token_mask = token_mask
-        ActivationStream(model, self._points, select, token_mask)  # complains about the arguments before the with
+        self._new_stream = functools.partial(
+            ActivationStream, model, points, select, token_mask, on_forward=self._append, saes=latents
+        )
+        self._new_stream()  # complains about the arguments before the with
 
     def __enter__(self) -> ActivationCache:
         self._cache = ActivationCache(self._points)
         self._warned = self._select is not None
-        self._stream = ActivationStream(
-            self._model, self._points, self._select, self._token_mask, on_forward=self._append
-        )
+        self._stream = self._new_stream()
         self._stream.__enter__()
         return self._cache
 

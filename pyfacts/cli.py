@@ -82,6 +82,10 @@ def dump_command(
         list[str] | None,
         typer.Option("--hooks", help="Hook or module path to dump, repeatable; every MLP's neurons by default."),
     ] = None,
+    sae: Annotated[
+        list[str] | None,
+        typer.Option("--sae", metavar="HOOK=PATH", help="SAE whose latents at a hook to dump, repeatable."),
+    ] = None,
     topk: Annotated[int | None, typer.Option(help="Keep the k largest |activations| of each token.")] = None,
     min_abs: Annotated[float | None, typer.Option(help="Keep activations above this absolute value.")] = None,
     codec: Annotated[str, typer.Option(help="'zstd', or 'none': faster to write, larger.")] = "zstd",
@@ -111,6 +115,7 @@ def dump_command(
             out_directory,
             names_filter=hooks,
             select=select,
+            saes=_load_saes(sae or []),
             codec=codec,
             batch_size=batch_size,
             context_size=context_size,
@@ -232,6 +237,21 @@ def _open(directory: Path) -> Dump:
     import pyfacts
 
     return pyfacts.open_dump(directory)
+
+
+def _load_saes(arguments: list[str]) -> dict[str, Any]:
+    """The SAEs of `--sae HOOK=PATH`, by hook."""
+    saes: dict[str, Any] = {}
+    for argument in arguments:
+        hook, _, path = argument.partition("=")
+        if not hook or not path:
+            raise ValueError(f"--sae takes HOOK=PATH, such as blocks.3.hook_resid_pre=my-sae, got {argument!r}")
+        if hook in saes:
+            raise ValueError(f"--sae gives {hook} two SAEs: dump them into two directories")
+        from .sae import load_sae
+
+        saes[hook] = load_sae(path)
+    return saes
 
 
 def _check_model(model: str) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .attach import SparseAutoencoder, encode_latents
 from .encoding import DTYPES, encode
 from .models import HookPoint, unwrap
 from .select import Select
@@ -40,6 +41,7 @@ class ActivationStream:
         on_forward: called at the end of every forward that fired hooks, with the activations {hook name: encoding, or
             rows [n, width]} and the positions {stream: int64 [n, 2]} of their tokens.
         stop_early: end each `run` as soon as all hooks have their tokens.
+        saes: SAEs, by the hook points of their latents, which join `points`.
     """
 
     def __init__(
@@ -50,13 +52,15 @@ class ActivationStream:
         token_mask: TokenMask = None,
         on_forward: OnForward | None = None,
         stop_early: bool = False,
+        saes: Mapping[HookPoint, SparseAutoencoder] | None = None,
     ) -> None:
         if select is not None and not isinstance(select, Select):
             raise TypeError(f"select must be pyfacts.topk(k), pyfacts.min_abs(theta) or alike, got {select!r}")
         if token_mask is not None and not isinstance(token_mask, Tensor | Mapping) and not callable(token_mask):
             raise TypeError(f"token_mask must be a tensor, a dict of tensors or a callable, got {token_mask!r}")
         self.model = model
-        self.points = list(points)
+        self.saes = dict(saes or {})
+        self.points = [*points, *self.saes]
         self.select = select
         self.token_mask = token_mask
         self.on_forward = on_forward
@@ -195,7 +199,7 @@ class ActivationStream:
         return take
 
     def _take(self, point: HookPoint, value: Any) -> None:
-        x = _check(point, value)
+        x = _check(point, value, self.saes.get(point))
         forward = self._forward
         if forward is None or (forward.owner is None and forward.has_all(point.name)):
             # The blocks were called around the model's own __call__ (`model.forward(...)` does that).
@@ -206,13 +210,21 @@ class ActivationStream:
         tokens.settle(x, self.token_mask, point)
         taken = forward.taken.setdefault(point.name, Taken(point.stream))
         x, counts = tokens.choose(x, taken, point.name)
-        if point.kind == "rows":
+        if point in self.saes:
+            part: Activations = encode_latents(point, self._sae_on(point, x.device), x)
+        elif point.kind == "rows":
             # A copy: the model may go on to change the tensor in place, and a view would keep all of it alive.
-            part: Activations = x.clone() if counts is None else x
+            part = x.clone() if counts is None else x
         else:
             part = encode(x) if self.select is None else self.select.encode(x)
         taken.parts.append(part)
         taken.counts.append(counts)
+
+    def _sae_on(self, point: HookPoint, device: torch.device) -> SparseAutoencoder:
+        """The SAE of a hook, moved at its first activations to where they are."""
+        if self.saes[point].device != device:
+            self.saes[point] = self.saes[point].to(device)
+        return self.saes[point]
 
 
 # ---- modules and tensors ---------------------------------------------------------------------------------------------
@@ -274,8 +286,9 @@ def never_fired(names: Sequence[str]) -> str:
     )
 
 
-def _check(point: HookPoint, value: Any) -> Tensor:
-    """The activations that a hook was handed, or an error that says what is wrong with them."""
+def _check(point: HookPoint, value: Any, sae: SparseAutoencoder | None) -> Tensor:
+    """The activations that a hook, or the SAE there, was handed, or an error that says what is wrong with them."""
+    width, whose = (point.width, "the hook's width is") if sae is None else (sae.d_in, "the SAE there reads d_in =")
     side = f"the {point.side} of {point.module_path or 'the model'}"
     if not isinstance(value, Tensor):
         raise TypeError(f"{point.name}: {side} is {type(value).__name__}, not a tensor; name a module that has one")
@@ -286,10 +299,10 @@ def _check(point: HookPoint, value: Any) -> Tensor:
         )
     if value.dim() == 0:
         raise ValueError(f"{point.name}: {side} is a single number, not a row per token")
-    if point.width is not None and value.shape[-1] != point.width:
+    if width is not None and value.shape[-1] != width:
         raise ValueError(
-            f"{point.name}: {side} has width {value.shape[-1]} (shape {tuple(value.shape)}), but the hook's width is "
-            f"{point.width}: these are not its activations (or, under tensor parallelism, only a shard of them)"
+            f"{point.name}: {side} has width {value.shape[-1]} (shape {tuple(value.shape)}), but {whose} "
+            f"{width}: these are not its activations (or, under tensor parallelism, only a shard of them)"
         )
     return value.detach()
 

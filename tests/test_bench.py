@@ -40,6 +40,11 @@ def test_figures_name_machine_peers_and_every_aim(figures: ModuleType) -> None:
     assert "| encode with AVX2, slowest of 1 to 10% | 0.75x | 0.75x | ≥ 0.5x | itself with AVX-512 |" in made_up
     assert "|  | 1.250x the time | ≤ 1.05x | the forward alone, 2,048 tokens |" in made_up
     assert "| its peak resident memory in MB, for 16,384 and 131,072 tokens | 500 and 501 | 500 and 501 |" in made_up
+    sparse_linear = "| `sparse_linear` to 768, 0.01 of 16,384 neurons, two cores |"
+    assert f"{sparse_linear} 10x | 40x | ≥ 5x | `linear` of the dense matrix |" in made_up
+    assert f"{sparse_linear}  | 4x | > 1x | `torch.sparse` CSR @ W_dec |" in made_up
+    encoder = "| `linear_relu_encode`, 768 to 3,072, 2,048 tokens, two cores |"
+    assert f"{encoder} 0.80 of the time | 0.50 of the time | ≤ 1 | `relu(linear)` |" in made_up
     assert "| density | 1% | 50% |" in made_up
     assert "| pyfacts | 3.40 | 2.25 |" in made_up
     assert "| aim, at most | 3.45 | 2.30 |" in made_up
@@ -163,6 +168,12 @@ def made_up_rows():
             dump = {"op": "dump", "isa": "avx512", "dtype": dtype, "n_tokens": n_tokens}
             yield dump | {"gib_per_s": 2.5, "peak_bytes": peak}
         yield {"op": "bound", "isa": "avx512", "dtype": dtype, "of_dense": 1.065}
+    linear = {"density": 0.01, "shape": [4096, 16384]}
+    up = {"shape": [2048, 3072], "d_in": 768}
+    yield timed("linear_relu_encode", {"relu(linear)": 1.25}, dtype="bfloat16", **up)
+    yield timed("linear_relu_encode", {"relu(linear)": 2.0}, dtype="float32", **up)
+    yield timed("sparse_linear", {"linear": 10.0}, dtype="bfloat16", **linear)
+    yield timed("sparse_linear", {"linear": 40.0, "CSR @ W_dec": 4.0}, dtype="float32", **linear)
     yield timed("capture", {"forward alone": 0.8}, n_tokens=2048, n_layers=12, density=0.039)
     for density, size in ((0.5, 2.25), (0.01, 3.4)):
         yield {"op": "bytes per value", "isa": "avx512", "density": density, "forms": {"pyfacts": size}}

@@ -13,6 +13,7 @@ from unittest import mock
 
 import pytest
 import torch
+from saes import TinySae
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
@@ -142,6 +143,27 @@ def test_top_marks_the_firing_token(run: Run, work: Path) -> None:
         assert f"{value:.4g}" in line and f"[{firing.strip() or firing}]".replace("\n", "⏎") in line
 
 
+def test_latents_of_saes(run: Run, work: Path) -> None:
+    """`--sae HOOK=PATH` loads each SAE by its path; the latents are a hook like any other."""
+    loaded = {"a": TinySae(32, d_sae=500), "dir/b=2": TinySae(300)}
+    for sae in loaded.values():
+        sae.b_enc.zero_()
+    hooks = ["blocks.0.hook_resid_pre", "blocks.1.mlp.hook_post"]
+    saes = [part for hook, path in zip(hooks, loaded, strict=True) for part in ("--sae", f"{hook}={path}")]
+    with mock.patch.dict(sys.modules, {"pyfacts.sae": mock.Mock(load_sae=loaded.__getitem__)}):
+        done = run("dump", "opt", "text.jsonl", "latents", "--context-size", "32", *saes)
+        assert done.returncode == 0, done.stderr
+        swapped = run("dump", "opt", "text.jsonl", "latents", "--context-size", "32", *saes[:3], f"{hooks[1]}=a")
+    assert swapped.returncode == 2 and "reads d_in = 32" in swapped.stderr and "width is 300" in swapped.stderr
+    d = pyfacts.open_dump(work / "latents")
+    assert d.hook_names == [f"{hook}.hook_sae_acts_post" for hook in hooks]
+    shown = run("info", "latents").stdout
+    assert all(name in shown for name in d.hook_names) and "500" in shown and "600" in shown
+    j = int(d[d.hook_names[0]].feature_stats().nnz.argmax())
+    (token, value), *_ = d[d.hook_names[0]].top_tokens(j, 1)
+    assert f"{value:.4g}" in run("top", "latents", d.hook_names[0], str(j), "-k", "1").stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -153,6 +175,7 @@ def test_top_marks_the_firing_token(run: Run, work: Path) -> None:
         (["dump", "opt", "text.jsonl", "x", "--topk", "8", "--min-abs", "1"], 2, "exclude each other"),
         (["dump", "opt", "text.jsonl", "x", "--codec", "gzip"], 2, "gzip"),
         (["dump", "gpt2", "text.jsonl", "x"], 2, "topk"),
+        (["dump", "opt", "text.jsonl", "x", "--sae", "blocks.0.hook_resid_pre"], 2, "HOOK=PATH"),
         (["info", "nowhere"], 1, "is no dump"),
         (["verify", "opt"], 1, "is no dump"),
         (["top", "out", "blocks.0.mlp.hook_pst", "5"], 2, "blocks.0.mlp.hook_post"),

@@ -403,6 +403,9 @@ class TestWhatIsWrongIsSaid:
             assert not survives(golden)
 
 
+SAE = {"d_in": 8, "d_sae": 300, "config": {"k": 4}, "weights_xxh3": "0" * 32}
+
+
 class TestRecords:
     @pytest.mark.parametrize("codec", ["none"])
     @pytest.mark.parametrize("name", ["../elsewhere", "/etc", "..", "", "a/b", "a\\b", "a\0b", 7, None, "x" * 5000])
@@ -486,6 +489,19 @@ class TestRecords:
             (lambda p: p["shards"].update(tokens=[0, 1, 2, 3]), "different numbers"),
             (lambda p: p.update(signed_zero=1), "signed_zero"),
             (lambda p: p.pop("select"), "select"),
+            (lambda p: p.update(saes=None), "'saes'"),
+            (lambda p: p.update(saes={}), "'saes'"),
+            (lambda p: p.update(saes={"blocks.7.hook_resid_pre.hook_sae_acts_post": SAE}), "encoded hooks"),
+            (lambda p: p.update(saes={make.HOOKS[2].name: SAE}), "encoded hooks"),
+            (lambda p: p.update(saes={make.HOOKS[0].name: []}), "must have d_in"),
+            (lambda p: p.update(saes={make.HOOKS[0].name: SAE | {"path": "/etc"}}), "must have d_in"),
+            (lambda p: p.update(saes={make.HOOKS[0].name: SAE | {"d_in": 0}}), "d_in 0"),
+            (lambda p: p.update(saes={make.HOOKS[0].name: SAE | {"d_in": True}}), "d_in True"),
+            (lambda p: p.update(saes={make.HOOKS[0].name: SAE | {"d_sae": 299}}), "d_sae 299.* width 300"),
+            (lambda p: p.update(saes={make.HOOKS[0].name: SAE | {"d_sae": "300"}}), "d_sae '300'"),
+            (lambda p: p.update(saes={make.HOOKS[0].name: SAE | {"config": "topk"}}), "config"),
+            (lambda p: p.update(saes={make.HOOKS[0].name: SAE | {"weights_xxh3": "0" * 31 + "g"}}), "xxh3-128"),
+            (lambda p: p.update(saes={make.HOOKS[0].name: SAE | {"weights_xxh3": 7}}), "xxh3-128"),
         ],
     )
     def test_plans(self, codec, golden, change, message):
@@ -495,6 +511,17 @@ class TestRecords:
         (golden / "dump.json").write_text(json.dumps(value))
         with pytest.raises(DumpError, match=rf"dump\.json: .*{message}"):
             open_dump(golden)
+
+    @pytest.mark.parametrize("codec", ["none"])
+    def test_a_sound_sae_is_read(self, codec, golden):
+        """What the forgeries of `saes` begin with is accepted, so each is refused for its change."""
+        value = json.loads((golden / "dump.json").read_text())
+        value["saes"] = {make.HOOKS[0].name: SAE, make.HOOKS[1].name: SAE | {"d_sae": 17, "weights_xxh3": None}}
+        value["xxh3"] = plan_module._digest({k: v for k, v in value.items() if k != "xxh3"})
+        (golden / "dump.json").write_text(json.dumps(value))
+        for record in golden.glob("0*.json"):
+            record.unlink()
+        assert open_dump(golden, framework="numpy").plan["saes"] == value["saes"]
 
     @pytest.mark.parametrize("codec", ["none"])
     @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"a": 1, "a": 2}', "\ud800", '{"x": ' + "9" * 5000 + "}"])

@@ -191,7 +191,11 @@ def draw(density: np.ndarray, chosen: list[int], path: Path) -> None:
         loc="left",
     )
     top = axes.get_ylim()[1]
-    label: dict[str, Any] = {"color": "#c44e52", "va": "top", "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1.5}}
+    label: dict[str, Any] = {
+        "color": "#c44e52",
+        "va": "top",
+        "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1.5},
+    }
     for i, j in enumerate(chosen):
         axes.axvline(density[j], color="#c44e52", linewidth=1)
         axes.annotate(str(j), (density[j], top * (0.97 - 0.08 * i)), (4, 0), textcoords="offset points", **label)

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..models import HookPoint, resolve_hooks, unwrap
+from ..attach import SaesByHook, SparseAutoencoder, resolve_captured
+from ..models import HookPoint, unwrap
 
 MAX_DEFAULT_CONTEXT = 2048
 
@@ -40,16 +41,18 @@ def load_tokenizer(tokenizer: Any, model: nn.Module, name: str | None) -> Any:
     return transformers.AutoTokenizer.from_pretrained(name)
 
 
-def dumped_points(model: nn.Module, names_filter: Any) -> list[HookPoint]:
-    """The hooks that a filter names, which must read one stream of tokens."""
-    points = resolve_hooks(model, names_filter)
-    decoders = [point.name for point in points if point.stream == "decoder"]
+def dumped_points(
+    model: nn.Module, names_filter: Any, saes: SaesByHook | None
+) -> tuple[list[HookPoint], dict[HookPoint, SparseAutoencoder]]:
+    """The hooks that a filter names and those of SAEs' latents; all must read one stream of tokens."""
+    points, latents = resolve_captured(model, names_filter, saes)
+    decoders = [point.name for point in (*points, *latents) if point.stream == "decoder"]
     if decoders:
         raise ValueError(
             f"{decoders[0]} belongs to a decoder that reads tokens of its own, and a dump has one stream of tokens: "
             "name the encoder's hooks, or use pyfacts.capture"
         )
-    return points
+    return points, latents
 
 
 def default_context(model: nn.Module) -> int:

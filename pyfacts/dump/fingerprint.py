@@ -1,4 +1,4 @@
-"""What identifies a model in a plan: its configuration and a hash of its weights under canonical names."""
+"""What identifies a model and its SAEs in a plan: configuration and a hash of the weights under canonical names."""
 
 import json
 import math
@@ -10,6 +10,7 @@ import torch
 import xxhash
 from torch import nn
 
+from ..attach import SparseAutoencoder
 from ..models import unwrap
 from .statistics import as_bytes
 
@@ -35,14 +36,24 @@ def describe_model(model: nn.Module, name: str | None = None) -> dict[str, Any]:
         "config": {key: value for key, value in values.items() if key not in _VOLATILE_CONFIG} or None,
         "attention": getattr(config, "_attn_implementation", None),
         "dtype": str(dtype).removeprefix("torch."),
-        "weights_xxh3": weights_xxh3(model),
+        "weights_xxh3": weights_xxh3(model.state_dict()),
     }
 
 
-def weights_xxh3(model: nn.Module) -> str | None:
-    """Hashes names, dtypes, shapes and bytes of all weights and buffers (xxh3-128, hex); None if not all are here."""
+def describe_sae(sae: SparseAutoencoder) -> dict[str, Any]:
+    """Returns the plan's entry for an SAE: widths, config, hash of the weights."""
+    return {
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "config": _plain(sae.config()),
+        "weights_xxh3": weights_xxh3(sae.tensors()),
+    }
+
+
+def weights_xxh3(tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """Hashes names, dtypes, shapes and bytes of weights and buffers (xxh3-128, hex); None if not all are here."""
     digest = xxhash.xxh3_128()
-    state = {_WRAPPERS.sub("", name): tensor for name, tensor in model.state_dict().items()}
+    state = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
     for name, tensor in sorted(state.items()):
         if not isinstance(tensor, torch.Tensor):
             continue

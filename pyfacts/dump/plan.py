@@ -41,6 +41,7 @@ class Plan:
         token_starts: the same in captured tokens.
         batch_size: sequences of a forward pass; the batch's composition can decide the last bits of an activation.
         select: what `select` keeps, or None for everything.
+        saes: d_in, d_sae, config and the hash of the weights of the SAEs whose latents are dumped, by hook.
         created_with: versions of the libraries that wrote the dump.
     """
 
@@ -54,6 +55,7 @@ class Plan:
     codec: str
     signed_zero: bool
     select: dict[str, Any] | None
+    saes: dict[str, dict[str, Any]] = field(default_factory=dict)
     created_with: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -82,6 +84,7 @@ class Plan:
             "version": layout.FORMAT_VERSION,
             "model": self.model,
             "tokens": self.tokens,
+            **({"saes": self.saes} if self.saes else {}),
             "hooks": [asdict(hook) for hook in self.hooks],
             "batch_size": self.batch_size,
             "shard_tokens": self.shard_tokens,
@@ -115,6 +118,7 @@ class Plan:
             fail("'hooks' must name at least one hook, and none twice")
         if value["codec"] not in layout.CODECS:
             fail(f"codec {value['codec']!r} is unknown; this pyfacts reads {', '.join(layout.CODECS)}")
+        saes = _parse_saes(value["saes"], hooks, fail) if "saes" in value else {}
         bounds = {key: _parse_bounds(value["shards"].get(key), key, fail) for key in ("sequences", "tokens")}
         if len(bounds["sequences"]) != len(bounds["tokens"]):
             fail("'shards' has boundaries of different numbers of shards")
@@ -129,6 +133,7 @@ class Plan:
             codec=value["codec"],
             signed_zero=value["signed_zero"],
             select=value["select"],
+            saes=saes,
             created_with=value["created_with"],
         )
 
@@ -334,6 +339,23 @@ def _parse_hook(entry: Any, fail: Callable[[str], NoReturn]) -> HookSpec:
     if entry["kind"] not in layout.KINDS or entry["dtype"] not in layout.ITEM_BYTES or not is_size(width) or width < 1:
         fail(f"hook {entry['name']!r} has kind {entry['kind']!r}, dtype {entry['dtype']!r}, width {width!r}")
     return HookSpec(entry["name"], entry["module_path"], entry["side"], width, entry["kind"], entry["dtype"])
+
+
+def _parse_saes(value: Any, hooks: tuple[HookSpec, ...], fail: Callable[[str], NoReturn]) -> dict[str, dict[str, Any]]:
+    encoded = {hook.name: hook for hook in hooks if hook.kind == "neurons"}
+    if not isinstance(value, dict) or not value or not value.keys() <= encoded.keys():
+        fail(f"'saes' must map encoded hooks to SAEs, got {value!r:.200}")
+    for name, sae in value.items():
+        if not isinstance(sae, dict) or sae.keys() != {"d_in", "d_sae", "config", "weights_xxh3"}:
+            fail(f"the SAE of {name!r} must have d_in, d_sae, config and weights_xxh3, got {sae!r:.200}")
+        digest, width = sae["weights_xxh3"], encoded[name].width
+        if not is_size(sae["d_in"]) or sae["d_in"] < 1 or not is_size(sae["d_sae"]) or sae["d_sae"] != width:
+            fail(f"the SAE of {name!r} has d_in {sae['d_in']!r} and d_sae {sae['d_sae']!r}, its hook has width {width}")
+        if not isinstance(sae["config"], dict):
+            fail(f"the SAE of {name!r} must have a config, got {sae['config']!r:.80}")
+        if digest is not None and not (isinstance(digest, str) and re.fullmatch("[0-9a-f]{32}", digest)):
+            fail(f"the SAE of {name!r} must have the xxh3-128 of its weights or null, got {digest!r:.80}")
+    return value
 
 
 def _parse_bounds(value: Any, key: str, fail: Callable[[str], NoReturn]) -> tuple[int, ...]:

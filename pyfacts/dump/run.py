@@ -13,6 +13,7 @@ import zstandard
 from torch import Tensor, nn
 
 from .. import __version__
+from ..attach import SaesByHook
 from ..capture import DENSE_ABOVE
 from ..encoding import EncodedActivations
 from ..stream import ActivationStream
@@ -28,7 +29,7 @@ from .arguments import (
 )
 from .blocks import write_block
 from .errors import DumpError
-from .fingerprint import describe_model
+from .fingerprint import describe_model, describe_sae
 from .inputs import Batch, Survey, Tokens, read_tokens
 from .layout import HookSpec
 from .plan import PLAN_FILE, Plan, ShardRecord, check_same, record_path, shard_name
@@ -63,6 +64,7 @@ def dump(
     out: str | os.PathLike[str],
     names_filter: Any = None,
     select: Any = None,
+    saes: SaesByHook | None = None,
     codec: str = "zstd",
     batch_size: int = 8,
     context_size: int | None = None,
@@ -87,8 +89,12 @@ def dump(
             Face data set; or a path to .txt, .jsonl, .parquet, .npy or a saved data set. Each sequence is given to the
             model on its own, in batches padded on the right.
         out: the directory.
-        names_filter: the hooks, as in `pyfacts.capture`; None for every MLP's neurons.
+        names_filter: the hooks, as in `pyfacts.capture`; None for every MLP's neurons or, with `saes`, no hook but
+            their latents.
         select: what to keep of neurons, such as `pyfacts.topk(64)`; None for every value that is not zero.
+            It does not apply to latents of SAEs.
+        saes: SAEs by the hook whose activations they read, as in `pyfacts.capture`: their latents are dumped as
+            `<hook>.hook_sae_acts_post`. The plan records each SAE's config and a hash of its weights.
         codec: "zstd", or "none", which is faster to write and larger.
         batch_size: sequences of a forward pass.
         context_size: documents and streams are cut into sequences of this many tokens. For text the default is what the
@@ -121,7 +127,7 @@ def dump(
             raise ValueError(f"{argument} must be at least 1, got {value}")
     rank, world_size = worker(rank, world_size)
     module, name = load_model(model)
-    points = dumped_points(module, names_filter)
+    points, latents = dumped_points(module, names_filter, saes)
     root = Path(out)
     with made_directory(root):
         source = read_tokens(
@@ -145,7 +151,8 @@ def dump(
                 "xxh3": survey.xxh3,
                 "tokenizer": getattr(tokenizer, "name_or_path", None) or name,
             },
-            hooks=tuple(HookSpec(p.name, p.module_path, p.side, p.width or 0, p.kind, "") for p in points),
+            hooks=tuple(HookSpec(p.name, p.module_path, p.side, p.width or 0, p.kind, "") for p in (*points, *latents)),
+            saes={point.name: describe_sae(sae) for point, sae in latents.items()},
             **_shards(survey, batch_size, shard_tokens),
             batch_size=batch_size,
             shard_tokens=shard_tokens,
@@ -157,7 +164,7 @@ def dump(
         with (
             evaluating(module),
             caught_signals() as signals,
-            ActivationStream(module, points, select=select, stop_early=True) as stream,
+            ActivationStream(module, points, select=select, stop_early=True, saes=latents) as stream,
         ):
             _Run(root, plan, source, stream, allow_dense, progress, signals).run(rank, world_size)
     return open_dump(root)

@@ -1,0 +1,137 @@
+"""SAEs attached to a model's hooks: what one is, and the hook point at which its latents are captured.
+
+The latents of an SAE at `blocks.3.hook_resid_pre` are called `blocks.3.hook_resid_pre.hook_sae_acts_post`, as SAELens'
+`HookedSAETransformer` calls them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from .encoding import EncodedActivations
+from .models import HookPoint, NamesFilter, resolve_hooks
+
+LATENTS = "hook_sae_acts_post"
+
+Self = TypeVar("Self", bound="SparseAutoencoder")
+
+
+@runtime_checkable
+class SparseAutoencoder(Protocol):
+    """The encoder's half of an SAE: what `capture(saes=...)` and `dump(saes=...)` take.
+
+    Example:
+        >>> import pyfacts, torch
+        >>> class TopK:
+        ...     d_in, d_sae, dtype, device = 8, 512, torch.float32, torch.device("cpu")
+        ...     W_enc = torch.randn(8, 512)
+        ...     def encode(self, x):
+        ...         return pyfacts.linear_topk_encode(x.to(self.dtype), self.W_enc.T, None, k=4)
+        ...     def tensors(self):
+        ...         return {"W_enc": self.W_enc}
+        ...     def config(self):
+        ...         return {"architecture": "topk", "k": 4}
+        ...     def to(self, device):
+        ...         return self
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Linear(8, 3))
+        >>> with pyfacts.capture(model, saes={"1": TopK()}) as cache:
+        ...     _ = model(torch.randn(6, 3))
+        >>> cache["1.hook_sae_acts_post"].shape
+        torch.Size([6, 512])
+    """
+
+    @property
+    def d_in(self) -> int:
+        """Width of what it reads."""
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in, and the dtype of the latents."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+
+    def encode(self, x: Tensor, /) -> EncodedActivations:
+        """The latents [n_tokens, d_sae] of x [n_tokens, d_in], of any dtype; x is the model's and must not change."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its weights by name. With `config`, they identify it: a dump resumes only with the same SAE."""
+
+    def config(self) -> dict[str, Any]:
+        """What else decides the latents, as JSON values."""
+
+    def to(self: Self, device: torch.device, /) -> Self:
+        """The SAE on another device."""
+
+
+SaesByHook = Mapping[str, SparseAutoencoder]
+
+
+def resolve_captured(
+    model: nn.Module, names_filter: NamesFilter, saes: SaesByHook | None
+) -> tuple[list[HookPoint], dict[HookPoint, SparseAutoencoder]]:
+    """The hooks of a capture, and those of its SAEs' latents.
+
+    Args:
+        model: the model.
+        names_filter: see `resolve_hooks`; but None is no hook if there are SAEs.
+        saes: SAEs by the name of the hook whose activations they read.
+
+    Returns:
+        The hooks that `names_filter` names, and {hook of the latents: SAE}.
+
+    Raises:
+        ValueError: an unknown hook (with close matches), an SAE of another width than its hook, or latents that
+            `names_filter` names too (a `HookedSAETransformer` has hooks of that name).
+        TypeError: `saes` is no mapping from names to SAEs.
+    """
+    latents = attach(model, saes) if saes else {}
+    points = resolve_hooks(model, names_filter) if names_filter is not None or not latents else []
+    if twice := {point.name for point in points} & {point.name for point in latents}:
+        raise ValueError(f"{min(twice)} is named by names_filter and captured from saes: leave one of them out")
+    return points, latents
+
+
+def attach(model: nn.Module, saes: SaesByHook) -> dict[HookPoint, SparseAutoencoder]:
+    """The hooks of the SAEs' latents, each with its SAE, in the order of `saes`; raises as `resolve_captured` does."""
+    if not isinstance(saes, Mapping):
+        raise TypeError(f"saes must be a dict from hook names to SAEs, got {type(saes).__name__}")
+    attached = {}
+    for name, sae in saes.items():
+        if not isinstance(sae, SparseAutoencoder):
+            raise TypeError(
+                f"the SAE at {name!r} must have d_in, d_sae, dtype, device, encode, tensors, config and to, got "
+                f"{type(sae).__name__}"
+            )
+        (point,) = resolve_hooks(model, [name])
+        if point.width is not None and point.width != sae.d_in:
+            raise ValueError(
+                f"the SAE at {name} reads d_in = {sae.d_in}, but that hook's width is {point.width}: it was trained on "
+                "another hook or another model"
+            )
+        latents = replace(point, name=f"{name}.{LATENTS}", width=sae.d_sae, kind="neurons", activation=None)
+        attached[latents] = sae
+    return attached
+
+
+def encode_latents(point: HookPoint, sae: SparseAutoencoder, x: Tensor) -> EncodedActivations:
+    """The latents of x [n_tokens, d_in] in the SAE's own dtype, whatever autocast the model runs under; checked."""
+    with torch.autocast(x.device.type, enabled=False):
+        latents = sae.encode(x)
+    if not isinstance(latents, EncodedActivations):
+        raise TypeError(f"{point.name}: the SAE's encode gave {type(latents).__name__}, not EncodedActivations")
+    if latents.shape != (x.shape[0], sae.d_sae):
+        raise ValueError(
+            f"{point.name}: the SAE gave latents {tuple(latents.shape)} for {x.shape[0]} tokens and d_sae = {sae.d_sae}"
+        )
+    return latents
