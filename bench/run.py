@@ -172,6 +172,7 @@ def speed_table(rows: Rows) -> str:
             line(
                 f"{op} with AVX2, slowest of 1 to 10%", cells, "≥ 0.5x" if op == "encode" else "", "itself with AVX-512"
             )
+    lines += linear_lines(rows)
     capture = rows.one(op="capture")
     label = f"capture of all {capture['n_layers']} layers of OPT-125M's shape, {capture['density']:.0%} dense"
     overhead = 1 / capture["peers"]["forward alone"]["ratio"]
@@ -183,6 +184,41 @@ def speed_table(rows: Rows) -> str:
     counts = " and ".join(f"{row['n_tokens']:,}" for row in sorted(dumps[0], key=tokens_of))
     line(f"its peak resident memory in MB, for {counts} tokens", cells, "the same", "")
     return "\n".join(lines)
+
+
+def linear_lines(rows: Rows) -> list[str]:
+    """Products on two cores, where they were measured: a line a matrix and peer."""
+    lines = []
+    dtypes = ("bfloat16", "float32")
+    encoders = {  # the op of a row: what it is called, and what its time may be of each peer's
+        "linear_relu_encode": ("`linear_relu_encode`", {"relu(linear)": {3072: "≤ 1", 16384: "≤ 0.95, 0.80"}}),
+        "with dense": ("`linear_relu_encode(return_dense=True)`", {"relu(linear)": {}}),
+        "jumprelu": ("`linear_relu_encode`, JumpReLU", {"linear": {65536: "≤ 1.05"}}),
+        "topk": ("`linear_topk_encode`, k = 32", {"linear": {65536: "≤ 1.05"}, "topk(relu(linear))": {65536: "≤ 0.5"}}),
+        "batch topk": ("`linear_batch_topk_encode`, k = 32", {"linear": {}}),
+    }
+    for op, (name, peers) in encoders.items():
+        found = rows.find(op=op)
+        for shape in sorted({tuple(row["shape"]) for row in found}):
+            cases = [rows.one(op=op, dtype=dtype, shape=list(shape)) for dtype in dtypes]
+            for peer, aims in peers.items():
+                cells = [f"{1 / case['peers'][peer]['ratio']:.2f} of the time" for case in cases]
+                size = f"{cases[0]['d_in']:,} to {shape[1]:,}, {shape[0]:,} tokens, two cores"
+                lines.append(f"| {' | '.join([f'{name}, {size}', *cells, aims.get(shape[1], ''), f'`{peer}`'])} |")
+    found = rows.find(op="sparse_linear")
+    for n_features, density in sorted({(row["shape"][1], round(row["density"], 3)) for row in found}):
+        cases = {
+            row["dtype"]: row for row in found if (row["shape"][1], round(row["density"], 3)) == (n_features, density)
+        }
+        for peer, words in (("linear", "`linear` of the dense matrix"), ("CSR @ W_dec", "`torch.sparse` CSR @ W_dec")):
+            cells = [
+                f"{cases[dtype]['peers'][peer]['ratio']:.2g}x" if peer in cases[dtype]["peers"] else ""
+                for dtype in ("bfloat16", "float32")
+            ]
+            aim = {"linear": "≥ 5x", "CSR @ W_dec": "> 1x"}[peer] if density == 0.01 else ""
+            label = f"`sparse_linear` to 768, {density:.2g} of {n_features:,} neurons, two cores"
+            lines.append(f"| {' | '.join([label, *cells, aim, words])} |")
+    return lines
 
 
 def beside(row: Row, peer: str) -> str:
@@ -219,8 +255,23 @@ def size_table(rows: Rows) -> str:
     aims = {0.01: 3.45, 0.03: 3.15, 0.1: 3.05, 0.3: 2.45, 0.5: 2.3}
     lines.append("| aim, at most | " + " | ".join(f"{aims[row['density']]:.2f}" for row in sizes) + " |")
     bound = max(row["of_dense"] for row in rows.find(op="bound"))
+    if rows.find(op="bytes per latent on disk"):
+        lines += ["", latents_on_disk(rows)]
     lines += ["", f"A matrix without a single zero takes {bound:.3f}x its dense size (aim: at most 1.07x)."]
     return "\n".join(lines)
+
+
+def latents_on_disk(rows: Rows) -> str:
+    shown = []
+    for dtype in ("bfloat16", "float32"):
+        found = [row["bytes"] for row in rows.find(op="bytes per latent on disk", dtype=dtype)]
+        shown.append(f"{min(found):.2f} to {max(found):.2f} ({dtype})")
+    row = rows.find(op="bytes per latent on disk")[0]
+    return (
+        f"On disk, 64 active latents a token of 131,072, {row['n_tokens']:,} tokens a shard, codec `zstd`: "
+        f"{' and '.join(shown)} bytes a value, from latents of Zipfian to uniform frequency (aim: at most 5), "
+        f"of which {row['statistics']:.2f} are statistics of every latent."
+    )
 
 
 if __name__ == "__main__":
