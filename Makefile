@@ -8,11 +8,12 @@ SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
 .PHONY: setup demo test test-slow lint format bench clean
 
 setup: $(VENV)/.built
-$(VENV)/.installed: pyproject.toml requirements-dev.txt
+$(VENV)/.installed: pyproject.toml requirements-dev.txt requirements-sae.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet $(TORCH)
 	$(BIN)/pip install --quiet -r requirements-dev.txt
+	$(BIN)/pip install --quiet --no-deps -r requirements-sae.txt
 	touch $@
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 	$(BIN)/pip install --quiet --no-build-isolation --no-deps -e .
