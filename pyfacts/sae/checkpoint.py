@@ -79,12 +79,13 @@ class Tensors:
     def __init__(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         self.path = path
         self._left = dict(tensors)
+        self._names = sorted(tensors)
 
     def __contains__(self, name: str) -> bool:
         return name in self._left
 
-    def names(self) -> frozenset[str]:
-        return frozenset(self._left)
+    def names(self) -> set[str]:
+        return set(self._left)
 
     def matrix_shape(self, name: str) -> tuple[int, int]:
         tensor = self._existing(name)
@@ -116,10 +117,12 @@ class Tensors:
             raise self.error(name, "must not be NaN")
         return number
 
+    def integer(self, name: str) -> int:
+        return int(self._take(name, (), floating=False).item())
+
     def integers(self, name: str) -> list[int]:
-        """Takes an integer (as a list of one), or a vector of them."""
-        tensor = self._existing(name)
-        return self._take(name, tuple(tensor.shape), floating=False).reshape(-1).tolist()
+        """Takes a vector of any length."""
+        return self._take(name, (self._existing(name).numel(),), floating=False).tolist()
 
     def finish(self) -> None:
         """Refuses what nobody took: it would change the numbers, or the file is not what it was taken for."""
@@ -131,7 +134,7 @@ class Tensors:
 
     def _existing(self, name: str) -> Tensor:
         if name not in self._left:
-            raise self.error(name, f"is missing; the file holds {sorted(self._left)}")
+            raise self.error(name, f"is missing; the file holds {self._names}")
         return self._left[name]
 
     def _take(self, name: str, shape: tuple[int, ...], floating: bool) -> Tensor:

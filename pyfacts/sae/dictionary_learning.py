@@ -39,11 +39,9 @@ def load(path: Path, dtype: torch.dtype | None) -> SAE:
     dict_class = trainer.text("dict_class") or _class_by_tensors(path, tensors)
     if dict_class not in LOADERS:
         raise trainer.error("trainer.dict_class", f"must be one of {sorted(LOADERS)}, got {dict_class!r}")
-    sae = LOADERS[dict_class](tensors, dtype)
+    sae = LOADERS[dict_class](tensors, dtype, trainer)
     tensors.finish()
     sae.architecture, sae.source_format = dict_class, "dictionary_learning"
-    if "k" in TENSORS[dict_class] and sae.k is not None:
-        trainer.expect("k", sae.k, f"{path} holds that k")
     return sae
 
 
@@ -58,7 +56,7 @@ def _class_by_tensors(path: Path, tensors: Tensors) -> str:
     raise CheckpointError(path, None, f"holds the tensors of no known class: {sorted(tensors.names())}")
 
 
-def _auto_encoder(tensors: Tensors, dtype: torch.dtype | None) -> SAE:
+def _auto_encoder(tensors: Tensors, dtype: torch.dtype | None, trainer: Config) -> SAE:
     weight, W_dec = _linear_weights(tensors, dtype)
     b_enc = tensors.vector("encoder.bias", len(weight))
     b_dec = tensors.vector("bias", weight.shape[1])
@@ -72,50 +70,50 @@ def _auto_encoder(tensors: Tensors, dtype: torch.dtype | None) -> SAE:
     return _assemble(weight, b_enc - project(weight, b_dec), W_dec, b_dec)
 
 
-def _auto_encoder_new(tensors: Tensors, dtype: torch.dtype | None) -> SAE:
+def _auto_encoder_new(tensors: Tensors, dtype: torch.dtype | None, trainer: Config) -> SAE:
     weight, W_dec = _linear_weights(tensors, dtype)
     b_enc = tensors.vector("encoder.bias", len(weight))
     return _assemble(weight, b_enc, W_dec, tensors.vector("decoder.bias", weight.shape[1]))
 
 
-def _gated(tensors: Tensors, dtype: torch.dtype | None) -> SAE:
+def _gated(tensors: Tensors, dtype: torch.dtype | None, trainer: Config) -> SAE:
     weight, W_dec = _linear_weights(tensors, dtype)
     b_dec = tensors.vector("decoder_bias", weight.shape[1])
     b_enc, threshold = gated_to_jumprelu(tensors, weight, b_dec, b_gate="gate_bias", b_mag="mag_bias")
     return _assemble(weight, b_enc, W_dec, b_dec, activation="jumprelu", threshold=threshold)
 
 
-def _topk(tensors: Tensors, dtype: torch.dtype | None) -> SAE:
+def _topk(tensors: Tensors, dtype: torch.dtype | None, trainer: Config) -> SAE:
     tensors.number("threshold")  # for encode(use_threshold=True), which is not the default
-    k = _k(tensors, tensors.matrix_shape("encoder.weight")[0])
+    k = _k(tensors, trainer, tensors.matrix_shape("encoder.weight")[0])
     return _assemble(*_centred_linear(tensors, dtype), activation="topk", k=k)
 
 
-def _batch_topk(tensors: Tensors, dtype: torch.dtype | None) -> SAE:
+def _batch_topk(tensors: Tensors, dtype: torch.dtype | None, trainer: Config) -> SAE:
     d_sae = tensors.matrix_shape("encoder.weight")[0]
-    _k(tensors, d_sae)
-    threshold = torch.full((d_sae,), tensors.number("threshold"))
+    _k(tensors, trainer, d_sae)
+    threshold = torch.full((d_sae,), tensors.number("threshold"), dtype=torch.float64)
     return _assemble(*_centred_linear(tensors, dtype), activation="jumprelu", threshold=threshold)
 
 
-def _matryoshka(tensors: Tensors, dtype: torch.dtype | None) -> SAE:
+def _matryoshka(tensors: Tensors, dtype: torch.dtype | None, trainer: Config) -> SAE:
     d_sae = tensors.matrix_shape("W_enc")[1]
-    _k(tensors, d_sae)
+    _k(tensors, trainer, d_sae)
     group_sizes = tensors.integers("group_sizes")
     if min(group_sizes, default=0) < 1 or sum(group_sizes) != d_sae:
         raise tensors.error("group_sizes", f"must be positive and add up to {d_sae}, got {group_sizes}")
-    threshold = torch.full((d_sae,), tensors.number("threshold"))
+    threshold = torch.full((d_sae,), tensors.number("threshold"), dtype=torch.float64)
     weight, b_enc, W_dec, b_dec = _matrices(tensors, dtype)
     b_enc = b_enc - project(weight, b_dec)
     return _assemble(weight, b_enc, W_dec, b_dec, activation="jumprelu", threshold=threshold)
 
 
-def _jumprelu(tensors: Tensors, dtype: torch.dtype | None) -> SAE:
+def _jumprelu(tensors: Tensors, dtype: torch.dtype | None, trainer: Config) -> SAE:
     threshold = tensors.vector("threshold", tensors.matrix_shape("W_enc")[1])
     return _assemble(*_matrices(tensors, dtype), activation="jumprelu", threshold=threshold)
 
 
-LOADERS: dict[str, Callable[[Tensors, torch.dtype | None], SAE]] = {
+LOADERS: dict[str, Callable[[Tensors, torch.dtype | None, Config], SAE]] = {
     "AutoEncoder": _auto_encoder,
     "AutoEncoderNew": _auto_encoder_new,
     "GatedAutoEncoder": _gated,
@@ -147,11 +145,12 @@ def _matrices(tensors: Tensors, dtype: torch.dtype | None) -> tuple[Tensor, Tens
     return weight, tensors.vector("b_enc", d_sae), W_dec, tensors.vector("b_dec", d_in)
 
 
-def _k(tensors: Tensors, d_sae: int) -> int:
-    k = tensors.integers("k")
-    if len(k) != 1 or not 1 <= k[0] <= d_sae:
+def _k(tensors: Tensors, trainer: Config, d_sae: int) -> int:
+    k = tensors.integer("k")
+    if not 1 <= k <= d_sae:
         raise tensors.error("k", f"must be 1 to {d_sae}, the number of latents, got {k}")
-    return k[0]
+    trainer.expect("k", k, f"that is the k of {tensors.path.name}")
+    return k
 
 
 def _assemble(
