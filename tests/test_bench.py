@@ -40,7 +40,7 @@ def test_figures_name_machine_peers_and_every_aim(figures: ModuleType) -> None:
     assert "| encode with AVX2, slowest of 1 to 10% | 0.75x | 0.75x | ≥ 0.5x | itself with AVX-512 |" in made_up
     assert "|  | 1.250x the time | ≤ 1.05x | the forward alone, 2,048 tokens |" in made_up
     assert "| its peak resident memory in MB, for 16,384 and 131,072 tokens | 500 and 501 | 500 and 501 |" in made_up
-    sparse_linear = "| `sparse_linear` to 768, 0.01 of 16,384 neurons, two cores |"
+    sparse_linear = "| `sparse_linear` to 768, 1% of 16,384 neurons, two cores |"
     assert f"{sparse_linear} 10x | 40x | ≥ 5x | `linear` of the dense matrix |" in made_up
     assert f"{sparse_linear}  | 4x | > 1x | `torch.sparse` CSR @ W_dec |" in made_up
     encoder = "| `linear_relu_encode`, 768 to 3,072, 2,048 tokens, two cores |"

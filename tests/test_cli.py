@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from saes import TinySae
@@ -162,6 +163,25 @@ def test_latents_of_saes(run: Run, work: Path) -> None:
     j = int(d[d.hook_names[0]].feature_stats().nnz.argmax())
     (token, value), *_ = d[d.hook_names[0]].top_tokens(j, 1)
     assert f"{value:.4g}" in run("top", "latents", d.hook_names[0], str(j), "-k", "1").stdout
+
+
+def test_latents_of_a_checkpoint(run: Run, work: Path) -> None:
+    """A real file of Gemma Scope's kind: what is dumped is what the SAE gives for the captured residual stream."""
+    draw = np.random.default_rng(0).standard_normal
+    weights = {"W_enc": 30 * draw((32, 700)), "b_enc": draw(700), "W_dec": draw((700, 32)), "b_dec": draw(32)}
+    np.savez(
+        work / "params.npz",
+        **{name: array.astype(np.float32) for name, array in weights.items()},
+        threshold=np.full(700, 4, np.float32),
+    )
+    hook = "blocks.0.hook_resid_pre"
+    arguments = ("--context-size", "32", "--sae", f"{hook}=params.npz", "--hooks", hook)
+    done = run("dump", "opt", "text.jsonl", "scope", *arguments)
+    assert done.returncode == 0, done.stderr
+    d = pyfacts.open_dump(work / "scope")
+    expected = pyfacts.load_sae(work / "params.npz").encode(d[hook][:100])
+    dumped = d[f"{hook}.hook_sae_acts_post"][:100]
+    assert 0 < dumped.density < 0.2 and torch.allclose(dumped.to_dense(), expected.to_dense(), atol=1e-4)
 
 
 @pytest.mark.parametrize(

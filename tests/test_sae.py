@@ -1,7 +1,5 @@
 """The SAE record against plain float64 twins: encode, decode, metrics, and what it refuses."""
 
-import doctest
-import importlib
 import json
 import math
 import subprocess
@@ -213,9 +211,3 @@ def test_folding_in_blocks_equals_folding_at_once(monkeypatch):
 def test_import_is_light():
     program = "import sys, pyfacts; print([m for m in ('transformers', 'sae_lens', 'sparsify') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout.strip() == "[]"
-
-
-@pytest.mark.parametrize("module", ["record", "load"])
-def test_examples(module):
-    result = doctest.testmod(importlib.import_module(f"pyfacts.sae.{module}"))
-    assert result.attempted > 0 and result.failed == 0

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .. import ops
+
 if TYPE_CHECKING:
     from .record import SAE
 
@@ -49,7 +51,8 @@ def measure(sae: "SAE", x: Tensor, batch_size: int) -> SAEMetrics:
     for batch in batches:
         enc = sae.encode(batch)
         nnz += enc.nnz
-        fired[enc.to_csr().col_indices()] = True
+        _, latents, _ = ops.to_csr(enc.planes, enc.n_features)
+        fired[latents] = True
         exact = batch.double()
         error += _sq_norm(exact - sae.decode(enc, batch))
         variance += _sq_norm(exact - mean)
