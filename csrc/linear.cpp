@@ -4,8 +4,8 @@
 // Floor: the product, 2 * n_tokens * d_in * n_features operations at the rate at which torch's own library (oneDNN,
 // MKL) multiplies; it runs at the peak of two Zen 5 cores (190 GFLOP/s in float32, 870 in bfloat16), so that there is
 // nothing to gain inside it. What is saved are the dense matrix's writes and reads. Predicted from the product alone in
-// such blocks: 0.74 (float32) and 0.65 (bfloat16) of relu(linear)'s time from 1,024 to 16,384; measured with the packing
-// 0.78 to 0.83 and 0.69 to 0.72.
+// such blocks: 0.74 (float32) and 0.65 (bfloat16) of relu(linear)'s time from 1,024 to 16,384; measured with the
+// packing 0.78 to 0.83 and 0.69 to 0.72.
 #include "linear.h"
 
 #include <algorithm>
