@@ -43,10 +43,13 @@ def main() -> None:
 def measure() -> list[Row]:
     """The rows of every benchmark, and of encode and decode once more with AVX2.
 
-    The products run in a process of their own, whose memory glibc manages as it does by default: what they are compared
-    with returns large matrices.
+    Products and dumps run in processes of their own, whose memory glibc manages as by default: what a product is
+    compared with returns large matrices, and a dump's peak may not hold what others left behind.
     """
-    rows = run_pytest("bench", "--ignore=bench/test_linear.py") + run_pytest("bench/test_linear.py")
+    apart = ("bench/test_linear.py", "bench/test_dump_speed.py")
+    rows = run_pytest("bench", *(f"--ignore={file}" for file in apart))
+    for file in apart:
+        rows += run_pytest(file)
     if rows[0]["isa"].startswith("avx512"):
         rows += run_pytest("bench/test_encode_decode.py", "-k", "not odd and not fresh", PYFACTS_ISA="avx2")
     return rows
