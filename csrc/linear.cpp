@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "cpu/topk.h"
@@ -89,7 +90,7 @@ cpu::Dense dense_of(const Tensor& block) {
 }
 
 // The thresholds [n_columns * 256] of Keep: zeros, or those given, of which a negative one is as good as zero, since
-// the ReLU comes first, and a NaN lets nothing pass.
+// the ReLU comes first.
 std::vector<uint8_t> make_thresholds(DType dtype, int64_t n_features, const std::optional<Tensor>& threshold) {
   const int64_t item = item_bytes(dtype);
   std::vector<uint8_t> thresholds(n_columns(n_features) * kColumnWidth * item);
@@ -98,8 +99,13 @@ std::vector<uint8_t> make_thresholds(DType dtype, int64_t n_features, const std:
                   "threshold must be [", n_features, "] of x's dtype");
   const Tensor bits = torch::stable::contiguous(*threshold);
   std::memcpy(thresholds.data(), bits.const_data_ptr(), n_features * item);
+  const Predicate nan = make_predicate(dtype, std::numeric_limits<double>::infinity(), false);
   for (int64_t j = 0; j < n_features; ++j) {
     uint8_t* const element = thresholds.data() + j * item;
+    uint32_t magnitude = 0;
+    std::memcpy(&magnitude, element, item);
+    magnitude &= nan.mask;
+    STD_TORCH_CHECK(magnitude <= nan.floor, "threshold must not be NaN, and that of feature ", j, " is");
     if ((element[item - 1] & 0x80) != 0) std::memset(element, 0, item);
   }
   return thresholds;

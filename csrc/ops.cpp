@@ -61,7 +61,7 @@ Tensor decode(const Tensor& counts, const Tensor& index, const Tensor& values, c
 }
 
 // h [n_tokens, n_features] ([0, n_features] unless return_dense) is unpacked from the planes: it agrees with them bit
-// for bit, and costs no more than the products' way to memory would have.
+// for bit.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_relu_encode_and_dense(const Tensor& x, const Tensor& weight,
                                                                                 const std::optional<Tensor>& bias,
                                                                                 const std::string& activation,

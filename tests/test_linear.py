@@ -334,6 +334,16 @@ def test_bad_operands_are_named(change: dict[str, object], error: type[Exception
         pyfacts.linear_relu_encode(**arguments)  # type: ignore[call-overload]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("nan", [float("nan"), -float("nan")])
+def test_the_op_refuses_a_nan_threshold_too(dtype: torch.dtype, nan: float) -> None:
+    """Compiled code comes without the check in Python."""
+    ones, threshold = torch.ones(7, 5, dtype=dtype), torch.zeros(7, dtype=dtype)
+    threshold[3] = nan
+    with pytest.raises(RuntimeError, match="that of feature 3 is"):
+        torch.ops.pyfacts.linear_relu_encode(ones, ones, None, "jumprelu", threshold, False)
+
+
 @pytest.mark.parametrize("encoder", [pyfacts.linear_topk_encode, pyfacts.linear_batch_topk_encode])
 @pytest.mark.parametrize(("k", "error"), [(0, ValueError), (-1, ValueError), (8, ValueError), (1.5, TypeError)])
 def test_k_out_of_range(encoder: Callable[..., object], k: float, error: type[Exception]) -> None:

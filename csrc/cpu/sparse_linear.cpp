@@ -102,8 +102,7 @@ bool list_tile(const Encoding& encoding, Range columns, int64_t tile, int64_t* s
        inner, factor});
 }
 
-// ---- The two ways to read an encoding: rows are tokens, or features
-// --------------------------------------------------
+// ---- The two ways to read an encoding: rows are tokens, or features ------------------------------------------------
 
 // Groups are tiles of tokens, panels run over columns of features.
 class ByToken {

@@ -13,9 +13,9 @@
 //   multiply(x, y), add(x, y)                              each rounds: their results are the same everywhere
 //   widen<dtype>(from), narrow<dtype>(x, to)               kLanes elements to floats, and back
 //   list_positions(index, first, inner)                    kLanes positions as 32-bit numbers, counted on from first
-//   clear(out, n_bytes), move_line(from, to), stream_line(from, to), end_streaming()     lines of 64 aligned bytes at
-//   `to` kFew                                                   up to this many values pack_few is faster than
-//   pack_both
+//   clear(out, n_bytes)                                    whole lines of 64 bytes
+//   move_line(from, to), stream_line(from, to)             one line, `to` aligned; end_streaming() ends the latter
+//   kFew                                                   up to this many values pack_few is faster than pack_both
 //
 // Everything is in an anonymous namespace: each instruction set has its own copy, compiled with its own flags.
 #pragma once
