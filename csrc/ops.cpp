@@ -192,6 +192,17 @@ STABLE_TORCH_LIBRARY(pyfacts, m) {
   m.def(
       "decode_out(Tensor counts, Tensor index, Tensor values, Tensor tile_ptr, SymInt n_features, bool signed_zero,"
       " Tensor(a!) out) -> ()");
+  // On CUDA only: into the device form of a matrix that comes in parts, and from there to the canonical form.
+  m.def(
+      "encode_out(Tensor x, float min_abs, bool signed_zero, SymInt first_token, SymInt first_column,"
+      " SymInt n_features, Tensor(a!) counts, Tensor(b!) index, Tensor(c!) values, Tensor(d!) group_ptr,"
+      " Tensor(e!) cursor) -> ()");
+  m.def(
+      "canonicalise(Tensor counts, Tensor index, Tensor values, Tensor group_ptr, Tensor cursor, SymInt n_features)"
+      " -> (Tensor index, Tensor values, Tensor tile_ptr)");
+  m.def(
+      "canonicalise_out(Tensor counts, Tensor index, Tensor values, Tensor group_ptr, Tensor cursor,"
+      " SymInt n_features, Tensor(a!) out_index, Tensor(b!) out_values, Tensor(c!) tile_ptr, Tensor(d!) sizes) -> ()");
   m.def(
       "linear_relu_encode(Tensor x, Tensor weight, Tensor? bias, str activation, Tensor? threshold, bool return_dense)"
       " -> (Tensor h, Tensor counts, Tensor index, Tensor values, Tensor tile_ptr)");

@@ -1,6 +1,11 @@
 // The CUDA kernels of the ops whose schemas are in ops.cpp: check -> allocate -> call a launcher, on torch's current
-// stream. Ops without one here are for the CPU.
+// stream. What torch's own ops make out of these is in pyfacts/cuda.py.
+//
+// The device form (cuda/arena.h) travels as its five tensors and n_features; its index and values have the capacities
+// that the caller chose.
 #include <torch/csrc/stable/accelerator.h>
+
+#include <algorithm>
 
 #include "cuda/encoding.h"
 #include "planes.h"
@@ -21,40 +26,191 @@ void check_cuda(cudaError_t error, const char* what) {
   STD_TORCH_CHECK(error == cudaSuccess, what, " failed on the GPU: ", cudaGetErrorString(error));
 }
 
+void check_cuda_tensor(const Tensor& tensor, const char* name, const Tensor& like) {
+  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device() == like.get_device(), name,
+                  " must be on the GPU of the others, ", like.get_device());
+}
+
+Tensor whole_rows(const Tensor& x) { return x.size(1) > 1 && x.stride(1) != 1 ? torch::stable::contiguous(x) : x; }
+
+cuda::Rows rows(const Tensor& x) { return {dtype_of(x), x.const_data_ptr(), x.stride(0), x.size(0), x.size(1)}; }
+
+// ---- the device form
+// -------------------------------------------------------------------------------------------------
+
+void check_part(const Tensor& part, const char* name, int64_t dim, ScalarType type, const Tensor& values) {
+  check_plane(part, name, dim, type, values);
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(part.const_data_ptr()) % cuda::kUnitBytes == 0, name,
+                  " must start at a multiple of ", cuda::kUnitBytes, " bytes");
+}
+
+cuda::Arena arena(const Tensor& counts, const Tensor& index, const Tensor& values, const Tensor& group_ptr,
+                  const Tensor& cursor, int64_t n_features) {
+  check_plane(counts, "counts", 2, ScalarType::Byte, values);
+  check_part(index, "index", 1, ScalarType::Byte, values);
+  check_part(values, "values", 1, values.scalar_type(), values);
+  check_part(group_ptr, "group_ptr", 2, ScalarType::Long, values);
+  check_part(cursor, "cursor", 1, ScalarType::Long, values);
+  const int64_t n_tokens = counts.size(1);
+  STD_TORCH_CHECK(n_features >= 0 && counts.size(0) == n_columns(n_features), "counts has ", counts.size(0),
+                  " columns, expected ", n_columns(n_features), " for ", n_features, " features");
+  STD_TORCH_CHECK(group_ptr.size(0) == counts.size(0) && group_ptr.size(1) == cuda::n_groups(n_tokens),
+                  "group_ptr must be [", counts.size(0), ", ", cuda::n_groups(n_tokens), "], got [", group_ptr.size(0),
+                  ", ", group_ptr.size(1), "]");
+  STD_TORCH_CHECK(cursor.size(0) == 1, "cursor must be [1], got [", cursor.size(0), "]");
+  const DType dtype = dtype_of(values);
+  return {dtype,
+          n_tokens,
+          n_features,
+          static_cast<uint8_t*>(counts.mutable_data_ptr()),
+          static_cast<uint8_t*>(index.mutable_data_ptr()),
+          index.size(0),
+          static_cast<uint8_t*>(values.mutable_data_ptr()),
+          values.size(0) * item_bytes(dtype),
+          static_cast<uint64_t*>(group_ptr.mutable_data_ptr()),
+          static_cast<unsigned long long*>(cursor.mutable_data_ptr())};
+}
+
+void pack(const Tensor& x, double min_abs, bool signed_zero, const cuda::Arena& out, int64_t first_token,
+          int64_t first_column) {
+  check_cuda(cuda::encode_out(rows(x), min_abs, signed_zero, out, first_token, first_column, current_stream(x)),
+             "encode");
+}
+
+void encode_out(const Tensor& x, double min_abs, bool signed_zero, int64_t first_token, int64_t first_column,
+                int64_t n_features, Tensor counts, Tensor index, Tensor values, Tensor group_ptr, Tensor cursor) {
+  check_matrix(x, "x");
+  check_cuda_tensor(x, "x", values);
+  STD_TORCH_CHECK(min_abs >= 0, "min_abs must be at least 0, got ", min_abs);
+  STD_TORCH_CHECK(x.scalar_type() == values.scalar_type(), "x must have the values' dtype");
+  const cuda::Arena out = arena(counts, index, values, group_ptr, cursor, n_features);
+  const int64_t end_token = first_token + x.size(0), first_feature = first_column * kColumnWidth;
+  const int64_t end_feature = first_feature + x.size(1);
+  STD_TORCH_CHECK(first_token >= 0 && first_token % cuda::kGroupTokens == 0 && end_token <= out.n_tokens &&
+                      (end_token % cuda::kGroupTokens == 0 || end_token == out.n_tokens),
+                  "tokens [", first_token, ", ", end_token, ") of ", out.n_tokens, ": x must begin at a multiple of ",
+                  cuda::kGroupTokens, " and end at one or with the matrix");
+  STD_TORCH_CHECK(
+      first_column >= 0 && end_feature <= n_features && (end_feature % kColumnWidth == 0 || end_feature == n_features),
+      "features [", first_feature, ", ", end_feature, ") of ", n_features, ": x must end with a column of ",
+      kColumnWidth, " or with the matrix");
+  const DeviceGuard guard(values.get_device());
+  pack(whole_rows(x), min_abs, signed_zero, out, first_token, first_column);
+}
+
+// ---- from there to the canonical form
+// --------------------------------------------------------------------------------
+
+// Writes tile_ptr and sizes [2].
+void find_starts(const cuda::Arena& form, const Tensor& tile_ptr, const Tensor& sizes, cudaStream_t stream) {
+  int64_t scratch_bytes = 0;
+  check_cuda(cuda::canonical_scratch_bytes(form.n_tokens, form.n_features, &scratch_bytes), "canonicalise");
+  const Tensor scratch = new_empty(sizes, {scratch_bytes}, ScalarType::Byte);
+  check_cuda(
+      cuda::canonical_starts(form, static_cast<int64_t*>(tile_ptr.mutable_data_ptr()),
+                             static_cast<int64_t*>(sizes.mutable_data_ptr()), scratch.mutable_data_ptr(), stream),
+      "canonicalise");
+}
+
+void copy_groups(const cuda::Arena& form, const Tensor& index, const Tensor& values, const Tensor& tile_ptr,
+                 const Tensor& sizes, cudaStream_t stream) {
+  check_cuda(cuda::canonical_copy(form, static_cast<const int64_t*>(tile_ptr.const_data_ptr()),
+                                  static_cast<const int64_t*>(sizes.const_data_ptr()),
+                                  static_cast<uint8_t*>(index.mutable_data_ptr()), index.size(0),
+                                  values.mutable_data_ptr(), values.size(0), stream),
+             "canonicalise");
+}
+
+// Waits for the sizes: the one synchronisation of an encoding.
+Planes canonical(Tensor counts, const cuda::Arena& form, const Tensor& like) {
+  const cudaStream_t stream = current_stream(like);
+  Tensor tile_ptr = empty_tile_ptr(like, form.n_tokens, form.n_features);
+  const Tensor sizes_on_gpu = new_empty(like, {2}, ScalarType::Long);
+  find_starts(form, tile_ptr, sizes_on_gpu, stream);
+  int64_t sizes[2] = {0, 0};
+  check_cuda(cudaMemcpyAsync(sizes, sizes_on_gpu.const_data_ptr(), sizeof(sizes), cudaMemcpyDeviceToHost, stream),
+             "canonicalise");
+  check_cuda(cudaStreamSynchronize(stream), "canonicalise");
+  STD_TORCH_CHECK(sizes[0] >= 0 && sizes[1] >= 0, "the encoding did not fit its buffers of ", form.index_capacity,
+                  " bytes of index and ", form.values_capacity, " bytes of values: encode again into larger ones");
+  Planes planes = empty_planes(std::move(counts), std::move(tile_ptr), like, {sizes[0], sizes[1]});
+  copy_groups(form, std::get<1>(planes), std::get<2>(planes), std::get<3>(planes), sizes_on_gpu, stream);
+  return planes;
+}
+
+std::tuple<Tensor, Tensor, Tensor> canonicalise(const Tensor& counts, const Tensor& index, const Tensor& values,
+                                                const Tensor& group_ptr, const Tensor& cursor, int64_t n_features) {
+  const cuda::Arena form = arena(counts, index, values, group_ptr, cursor, n_features);
+  const DeviceGuard guard(values.get_device());
+  auto [_, canonical_index, canonical_values, tile_ptr] = canonical(counts, form, values);
+  return {std::move(canonical_index), std::move(canonical_values), std::move(tile_ptr)};
+}
+
+// Without waiting: `sizes` [2] gets the bytes of index and the number of values, or -1 where the encoding did not fit
+// its buffers; planes that are too short for them are not written.
+void canonicalise_out(const Tensor& counts, const Tensor& index, const Tensor& values, const Tensor& group_ptr,
+                      const Tensor& cursor, int64_t n_features, Tensor out_index, Tensor out_values, Tensor tile_ptr,
+                      Tensor sizes) {
+  const cuda::Arena form = arena(counts, index, values, group_ptr, cursor, n_features);
+  view(counts, out_index, out_values, tile_ptr, n_features);
+  check_plane(sizes, "sizes", 1, ScalarType::Long, values);
+  STD_TORCH_CHECK(sizes.size(0) == 2, "sizes must be [2], got [", sizes.size(0), "]");
+  STD_TORCH_CHECK(out_values.scalar_type() == values.scalar_type(), "out_values must have the values' dtype");
+  check_cuda_tensor(out_values, "out_values", values);
+  const DeviceGuard guard(values.get_device());
+  const cudaStream_t stream = current_stream(values);
+  find_starts(form, tile_ptr, sizes, stream);
+  copy_groups(form, out_index, out_values, tile_ptr, sizes, stream);
+}
+
+// ---- encode and decode
+// -----------------------------------------------------------------------------------------------
+
+// Packs x into buffers that hold any matrix of its shape, then copies what is used.
 Planes encode(const Tensor& x, double min_abs, bool signed_zero) {
   check_matrix(x, "x");
   STD_TORCH_CHECK(min_abs >= 0, "min_abs must be at least 0, got ", min_abs);
+  const int64_t n_tokens = x.size(0), n_features = x.size(1);
+  const DType dtype = dtype_of(x);
+  const int64_t values_bytes = cuda::worst_values_bytes(dtype, n_tokens, n_features);
+  constexpr int64_t kMaxBytes = int64_t{cuda::kUnitBytes} << 32;
+  STD_TORCH_CHECK(values_bytes <= kMaxBytes, "x of [", n_tokens, ", ", n_features, "] may take ", values_bytes,
+                  " bytes of values, and one encoding on a GPU at most ", kMaxBytes,
+                  ": encode fewer tokens at a time and pyfacts.cat the encodings");
   const DeviceGuard guard(x.get_device());
-  const cudaStream_t stream = current_stream(x);
-  const Tensor dense = x.size(1) > 1 && x.stride(1) != 1 ? torch::stable::contiguous(x) : x;
-  const cuda::Rows rows = {dtype_of(x), dense.const_data_ptr(), dense.stride(0), x.size(0), x.size(1)};
+  Tensor counts = empty_counts(x, n_tokens, n_features);
+  const Tensor index = new_empty(x, {cuda::worst_index_bytes(n_tokens, n_features)}, ScalarType::Byte);
+  const Tensor values = new_empty(x, {values_bytes / item_bytes(dtype)}, x.scalar_type());
+  const Tensor group_ptr = new_empty(x, {n_columns(n_features), cuda::n_groups(n_tokens)}, ScalarType::Long);
+  const Tensor cursor = new_empty(x, {1}, ScalarType::Long);
+  const cuda::Arena form = arena(counts, index, values, group_ptr, cursor, n_features);
+  check_cuda(cudaMemsetAsync(form.cursor, 0, sizeof(*form.cursor), current_stream(x)), "encode");
+  pack(whole_rows(x), min_abs, signed_zero, form, 0, 0);
+  return canonical(std::move(counts), form, x);
+}
 
-  int64_t scratch_bytes = 0;
-  check_cuda(cuda::scratch_bytes(rows, &scratch_bytes), "encode");
-  const Tensor scratch = new_empty(x, {scratch_bytes}, ScalarType::Byte);
-  Tensor counts = new_empty(x, {n_columns(rows.n_features), rows.n_tokens}, ScalarType::Byte);
-  int64_t index_bytes = 0, n_values = 0;
-  check_cuda(cuda::count(rows, {min_abs, signed_zero}, static_cast<uint8_t*>(counts.mutable_data_ptr()),
-                         scratch.mutable_data_ptr(), &index_bytes, &n_values, stream),
-             "encode");
-  Planes out = {std::move(counts), new_empty(x, {index_bytes}, ScalarType::Byte),
-                new_empty(x, {n_values}, x.scalar_type()),
-                new_empty(x, {n_columns(rows.n_features), n_tiles(rows.n_tokens), 2}, ScalarType::Long)};
-  check_cuda(cuda::pack(rows, scratch.const_data_ptr(), pointers(out), stream), "encode");
-  return out;
+void decode_out(const Tensor& counts, const Tensor& index, const Tensor& values, const Tensor& tile_ptr,
+                int64_t n_features, bool signed_zero, Tensor out) {
+  const cpu::Encoding encoding = view(counts, index, values, tile_ptr, n_features);
+  check_matrix(out, "out");
+  check_cuda_tensor(out, "out", values);
+  STD_TORCH_CHECK(out.size(0) == encoding.n_tokens && out.size(1) == n_features && out.stride(1) == 1 &&
+                      out.scalar_type() == values.scalar_type(),
+                  "out must be [", encoding.n_tokens, ", ", n_features, "] of the values' dtype, with whole rows");
+  const DeviceGuard guard(values.get_device());
+  const Tensor scratch = new_empty(values, {1}, ScalarType::Long);
+  cpu::Status status;
+  check_cuda(cuda::decode(encoding, signed_zero, out.mutable_data_ptr(), out.stride(0), scratch.mutable_data_ptr(),
+                          &status, current_stream(values)),
+             "decode");
+  check_status(status);
 }
 
 Tensor decode(const Tensor& counts, const Tensor& index, const Tensor& values, const Tensor& tile_ptr,
               int64_t n_features, bool signed_zero) {
-  const cpu::Encoding encoding = view(counts, index, values, tile_ptr, n_features);
-  const DeviceGuard guard(values.get_device());
-  Tensor out = new_empty(values, {encoding.n_tokens, n_features}, values.scalar_type());
-  const Tensor scratch = new_empty(values, {1}, ScalarType::Long);
-  cpu::Status status;
-  check_cuda(cuda::decode(encoding, signed_zero, out.mutable_data_ptr(), n_features, scratch.mutable_data_ptr(),
-                          &status, current_stream(values)),
-             "decode");
-  check_status(status);
+  check_matrix(counts, "counts");
+  Tensor out = new_empty(values, {counts.size(1), n_features}, values.scalar_type());
+  decode_out(counts, index, values, tile_ptr, n_features, signed_zero, out);
   return out;
 }
 
@@ -62,7 +218,11 @@ Tensor decode(const Tensor& counts, const Tensor& index, const Tensor& values, c
 
 STABLE_TORCH_LIBRARY_IMPL(pyfacts, CUDA, m) {
   m.impl("encode", TORCH_BOX(&encode));
+  m.impl("encode_out", TORCH_BOX(&encode_out));
+  m.impl("canonicalise", TORCH_BOX(&canonicalise));
+  m.impl("canonicalise_out", TORCH_BOX(&canonicalise_out));
   m.impl("decode", TORCH_BOX(&decode));
+  m.impl("decode_out", TORCH_BOX(&decode_out));
 }
 
 }  // namespace pyfacts

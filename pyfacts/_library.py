@@ -1,23 +1,48 @@
-"""Loads the compiled ops, so that `torch.ops.pyfacts` exists."""
+"""Loads the compiled ops, so that `torch.ops.pyfacts` exists: `_C`, and `_cuda` if it was built and torch has CUDA."""
 
 import importlib.util
+from pathlib import Path
 
 import torch
 
+BUILD_CUDA = "`pip install --no-build-isolation -C cmake.define.PYFACTS_CUDA=ON .` in the source tree (it needs nvcc)"
+
+_loaded: set[str] = set()
+
 
 def load() -> None:
-    """Loads `_C` into this process.
+    """Loads `_C` into this process, and `_cuda` if it is there and torch can use it.
 
     Raises:
-        ImportError: the library is missing (pyfacts was not built), or PYFACTS_ISA names an instruction set that this
-            CPU does not run.
+        ImportError: `_C` is missing (pyfacts was not built), or PYFACTS_ISA names an instruction set that this CPU does
+            not run.
     """
-    spec = importlib.util.find_spec("pyfacts._C")
-    if spec is None or spec.origin is None:
+    path = find("_C")
+    if path is None:
         raise ImportError(
             "pyfacts._C is not built: run `pip install --no-build-isolation .` in the source tree, and start Python "
             "outside of it (or install with `-e`)"
         )
-    torch.ops.load_library(spec.origin)
+    load_library(path)
     if error := torch.ops.pyfacts.isa_error():
         raise ImportError(error)
+    cuda = find("_cuda")
+    if cuda is not None and torch.version.cuda is not None:
+        load_library(cuda)
+
+
+def find(name: str) -> Path | None:
+    """Returns where a compiled part of pyfacts is, or None."""
+    spec = importlib.util.find_spec(f"pyfacts.{name}")
+    return None if spec is None or spec.origin is None else Path(spec.origin)
+
+
+def load_library(path: Path) -> None:
+    """Loads a library of ops."""
+    torch.ops.load_library(path)
+    _loaded.add(path.name.partition(".")[0])
+
+
+def has_cuda() -> bool:
+    """Whether the CUDA kernels are loaded."""
+    return "_cuda" in _loaded

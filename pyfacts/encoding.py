@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import ops
+from . import _library, cuda, ops
 from .errors import OutOfRangeError
 
 if TYPE_CHECKING:
@@ -275,8 +275,13 @@ def check_matrix(name: str, x: Tensor) -> None:
         )
     if x.layout != torch.strided:
         raise ValueError(f"{name} must be a dense (strided) tensor, got {x.layout}; use .to_dense()")
-    if x.device.type not in ("cpu", "meta"):
-        raise ValueError(f"{name} is on {x.device}, and this build of pyfacts has CPU kernels only; use .cpu()")
+    if x.device.type == "cuda" and not cuda.available():
+        raise ValueError(
+            f"{name} is on {x.device}, and this pyfacts was built without its CUDA kernels: run {_library.BUILD_CUDA}, "
+            "or use .cpu()"
+        )
+    if x.device.type not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"{name} is on {x.device}, and pyfacts has kernels for CPUs and CUDA only; use .cpu()")
 
 
 def _check_min_abs(min_abs: float) -> float:

@@ -8,9 +8,10 @@ An encoding travels as four planes and `n_features`; C = ceil(n_features / 256) 
     tile_ptr  int64   [C, R, 2]
 
 `pyfacts.encoding` wraps them in a record and checks arguments; use that unless you are writing a `torch.compile`d graph
-of your own.
+of your own. On CUDA some of them are `pyfacts.cuda`'s.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ _library.load()
 
 COLUMN_WIDTH = 256
 TILE_TOKENS = 128
+GROUP_TOKENS = 16
 
 Planes = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -95,6 +97,90 @@ def to_csr(planes: Planes, n_features: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ops.pyfacts.to_csr(*planes, n_features)
 
 
+# ---- the device form, on CUDA ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Arena:
+    """Buffers for the device form of a matrix [n_tokens, n_features], which kernels write without knowing its size.
+
+    With G = ceil(n_tokens / 16) groups of tokens (csrc/cuda/arena.h says what each holds):
+
+    Attributes:
+        counts: uint8 [C, n_tokens].
+        index: uint8 [index_capacity].
+        values: dtype [values_capacity].
+        group_ptr: int64 [C, G], where each group starts.
+        cursor: int64 [1], how much is used; 0 before the first part is packed.
+        n_features: of the matrix.
+    """
+
+    counts: Tensor
+    index: Tensor
+    values: Tensor
+    group_ptr: Tensor
+    cursor: Tensor
+    n_features: int
+
+    @property
+    def buffers(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """counts, index, values, group_ptr, cursor."""
+        return self.counts, self.index, self.values, self.group_ptr, self.cursor
+
+
+def empty_arena(like: Tensor, n_tokens: int, n_features: int) -> Arena:
+    """Returns buffers that hold any matrix of that shape and of like's dtype, on its device."""
+    n_columns = -(-n_features // COLUMN_WIDTH)
+    n_groups = -(-n_tokens // GROUP_TOKENS)
+    n_elements = n_columns * n_groups * GROUP_TOKENS * COLUMN_WIDTH
+    return Arena(
+        like.new_empty((n_columns, n_tokens), dtype=torch.uint8),
+        like.new_empty(n_elements // 8, dtype=torch.uint8),
+        like.new_empty(n_elements),
+        like.new_empty((n_columns, n_groups), dtype=torch.int64),
+        like.new_zeros(1, dtype=torch.int64),
+        n_features,
+    )
+
+
+def encode_out(
+    x: Tensor,
+    arena: Arena,
+    min_abs: float = 0.0,
+    signed_zero: bool = False,
+    first_token: int = 0,
+    first_column: int = 0,
+) -> None:
+    """Packs x, a part of the matrix, without waiting for the GPU.
+
+    Args:
+        x: rows from `first_token` on, a multiple of 16, and features from column `first_column` on; it ends at a
+            multiple of 16 and of 256, or with the matrix. Every part is packed once, in any order.
+        arena: where to. What does not fit is left out, and `canonicalise` complains.
+        min_abs, signed_zero: see `pyfacts.encode`.
+        first_token, first_column: x's place.
+    """
+    place = first_token, first_column, arena.n_features
+    torch.ops.pyfacts.encode_out(x, min_abs, signed_zero, *place, *arena.buffers)
+
+
+def canonicalise(arena: Arena) -> Planes:
+    """Returns the planes, once all parts are packed; waits for their sizes. RuntimeError if they did not fit."""
+    return arena.counts, *torch.ops.pyfacts.canonicalise(*arena.buffers, arena.n_features)
+
+
+def canonicalise_out(arena: Arena, index: Tensor, values: Tensor, tile_ptr: Tensor, sizes: Tensor) -> None:
+    """Writes the planes but counts, which is the arena's, without waiting for the GPU.
+
+    Args:
+        arena: the device form, all parts packed.
+        index, values: buffers; if they are too small, nothing is written to them.
+        tile_ptr: int64 [C, R, 2].
+        sizes: int64 [2], how much of index and values is used, or would be; -1 if the arena was too small.
+    """
+    torch.ops.pyfacts.canonicalise_out(*arena.buffers, arena.n_features, index, values, tile_ptr, sizes)
+
+
 # ---- what torch.compile needs to know: shapes ------------------------------------------------------------------------
 
 
@@ -123,6 +209,47 @@ def _(counts: Tensor, index: Tensor, values: Tensor, tile_ptr: Tensor, n_feature
 @torch.library.register_fake("pyfacts::decode_out")
 def _(
     counts: Tensor, index: Tensor, values: Tensor, tile_ptr: Tensor, n_features: int, signed_zero: bool, out: Tensor
+) -> None:
+    pass
+
+
+@torch.library.register_fake("pyfacts::encode_out")
+def _(
+    x: Tensor,
+    min_abs: float,
+    signed_zero: bool,
+    first_token: int,
+    first_column: int,
+    n_features: int,
+    counts: Tensor,
+    index: Tensor,
+    values: Tensor,
+    group_ptr: Tensor,
+    cursor: Tensor,
+) -> None:
+    pass
+
+
+@torch.library.register_fake("pyfacts::canonicalise")
+def _(
+    counts: Tensor, index: Tensor, values: Tensor, group_ptr: Tensor, cursor: Tensor, n_features: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    _, index, values, tile_ptr = _empty_planes(values, counts.shape[1], n_features)
+    return index, values, tile_ptr
+
+
+@torch.library.register_fake("pyfacts::canonicalise_out")
+def _(
+    counts: Tensor,
+    index: Tensor,
+    values: Tensor,
+    group_ptr: Tensor,
+    cursor: Tensor,
+    n_features: int,
+    out_index: Tensor,
+    out_values: Tensor,
+    tile_ptr: Tensor,
+    sizes: Tensor,
 ) -> None:
     pass
 

@@ -1,12 +1,23 @@
 """Shared parameters: dtypes, shapes around every boundary of the format, and the instruction sets of this CPU."""
 
+import os
+
+import pytest
 import torch
+
+from pyfacts import cuda
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 # Columns are 256 wide and tiles 128 tokens long; the index turns from positions to a bitmap at ceil(w / 8).
 WIDTHS = [1, 7, 8, 9, 255, 256, 257, 511, 513]
 LENGTHS = [0, 1, 127, 128, 129, 300]
+
+# With PYFACTS_REQUIRE_CUDA=1 tests that need a GPU fail where there is none.
+needs_cuda = pytest.mark.skipif(
+    not (torch.cuda.is_available() and cuda.available()) and os.environ.get("PYFACTS_REQUIRE_CUDA") != "1",
+    reason="needs a GPU, and pyfacts built for it (make cuda)",
+)
 
 
 def sparse(n_tokens: int, n_features: int, density: float, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:

@@ -1,0 +1,342 @@
+"""The ops on CUDA beside `encode` and `decode`: torch's own kernels, around these two.
+
+What is computed and encoded at once goes through the *device form* (csrc/cuda/arena.h): chunks of tokens are multiplied
+into scratch memory that fits the L2 cache, and packed from there with `encode_out`, one behind the other, without
+waiting for the GPU. `canonicalise` then makes the planes; it waits once, for their sizes.
+
+`slice`, `cat`, `neuron` and `to_csr` run on the CPU: the planes travel there, which are small, and the results back.
+
+Nothing here asks what device its tensors are on, so that the tests run it on the CPU too.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _library, ops
+from .ops import Planes
+
+WIDE = 32768
+"""Features from which an encoder is an SAE's, of whose latents few are active."""
+
+# None of these four was tuned on a GPU yet.
+CHUNK_BYTES = 32 << 20
+"""Scratch memory of a product: most of the 50 MB of an H100's L2 cache."""
+ARENA_BYTES = 512 << 20
+"""Values that the device form can hold at once; longer matrices are made in pieces, each of which waits for the GPU."""
+WIDE_ARENA_BYTES = 128 << 20
+"""The same for wide encoders: room for every value would be more than a tenth of their dense result."""
+DENSE_BYTES = 256 << 20
+"""What `sparse_linear` unpacks at a time."""
+
+
+# ---- encoders that compute what they encode --------------------------------------------------------------------------
+
+
+def linear_relu_encode(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, threshold: Tensor | None, return_dense: bool
+) -> tuple[Tensor, ...]:
+    """See `ops.linear_relu_encode`."""
+    floor = _floor(activation, threshold)
+    n_tokens, n_features = len(x), len(weight)
+    h = x.new_empty((n_tokens if return_dense else 0, n_features))
+    linear = _linear(x, weight, bias, h if return_dense else None)
+
+    def compute(start: int, stop: int) -> Tensor:
+        z = linear(start, stop)
+        if floor is None:
+            torch.threshold_(z, 0.0, 0.0)
+        else:
+            z.masked_fill_(z <= floor, 0)
+        return z.square_() if activation == "relu2" else z
+
+    # A kernel that multiplies and packs in one launch goes here, in the place of in_chunks.
+    return h, *pack(x, n_tokens, n_features, in_chunks(compute))
+
+
+def gated_relu_encode(x: Tensor, w_gate: Tensor, w_up: Tensor, b_gate: Tensor | None, b_up: Tensor | None) -> Planes:
+    """See `ops.gated_relu_encode`."""
+    gate, up = _linear(x, w_gate, b_gate), _linear(x, w_up, b_up)
+
+    def compute(start: int, stop: int) -> Tensor:
+        return torch.threshold_(gate(start, stop), 0.0, 0.0).mul_(up(start, stop))
+
+    return pack(x, len(x), len(w_gate), in_chunks(compute))
+
+
+def linear_topk_encode(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, over_batch: bool) -> Planes:
+    """See `ops.linear_topk_encode`."""
+    n_tokens, n_features = len(x), len(weight)
+    if not 1 <= k <= n_features:
+        raise ValueError(f"k must be 1 to {n_features}, got {k}")
+    linear = _linear(x, weight, bias)
+
+    def relu(start: int, stop: int) -> Tensor:
+        return torch.threshold_(linear(start, stop), 0.0, 0.0)
+
+    def largest(start: int, stop: int) -> Tensor:
+        h = relu(start, stop)
+        return h.masked_fill_(~_largest_of_rows(h, k), 0)
+
+    if not over_batch:
+        return pack(x, n_tokens, n_features, in_chunks(largest))
+    at, values = _largest_of_all(relu, x, n_features, k * n_tokens)
+
+    def selected(start: int, stop: int) -> Tensor:
+        first, last = torch.searchsorted(at, at.new_tensor((start, stop)) * n_features).tolist()
+        h = x.new_zeros((stop - start) * n_features)
+        h[at[first:last] - start * n_features] = values[first:last]
+        return h.view(-1, n_features)
+
+    return pack(x, n_tokens, n_features, in_chunks(selected))
+
+
+def _floor(activation: str, threshold: Tensor | None) -> Tensor | None:
+    """What z must exceed to be stored, or None for zero. z > floor is JumpReLU, and with it the ReLU."""
+    if activation not in ("relu", "relu2", "jumprelu"):
+        raise ValueError(f"unknown activation {activation}")
+    if (activation == "jumprelu") != (threshold is not None):
+        raise ValueError("jumprelu, and it alone, takes a threshold")
+    if threshold is None:
+        return None
+    if threshold.isnan().any():
+        raise ValueError(f"threshold must not be NaN, and that of feature {int(threshold.isnan().nonzero()[0])} is")
+    return threshold.clamp(min=0)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Callable[[int, int], Tensor]:
+    """A function that gives x @ weight.T + bias of tokens [start, stop): in `out`, or until it is called again."""
+    scratch = None if out is not None else x.new_empty((min(chunk_tokens(x, len(weight)), len(x)), len(weight)))
+
+    def linear(start: int, stop: int) -> Tensor:
+        z = out[start:stop] if scratch is None else scratch[: stop - start]  # type: ignore[index]
+        return torch.ops.aten.linear.out(x[start:stop], weight, bias, out=z)
+
+    return linear
+
+
+# ---- selections ------------------------------------------------------------------------------------------------------
+
+
+def _ranks(h: Tensor) -> Tensor:
+    """Integers of h's size that order h, of which nothing is below zero, as a selection does: NaN is the largest."""
+    bits = h.view(torch.int32 if h.dtype == torch.float32 else torch.int16)
+    return bits.masked_fill(h.isnan(), torch.iinfo(bits.dtype).max)
+
+
+def _largest_of_rows(h: Tensor, k: int) -> Tensor:
+    """Where the k largest of each row are, the first of equals: bool, of h's shape."""
+    ranks = _ranks(h)
+    least = ranks.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
+    above = ranks > least
+    equal = ranks == least
+    room = k - above.sum(1, keepdim=True)
+    return above | equal & (equal.cumsum(1, dtype=torch.int32) <= room)
+
+
+def _largest_of_all(h: Callable[[int, int], Tensor], like: Tensor, n_features: int, n: int) -> tuple[Tensor, Tensor]:
+    """The n largest positive values of a matrix whose tokens [start, stop) are h(start, stop), the first of equals.
+
+    Returns:
+        Where they are, token * n_features + feature, ascending; and the values.
+    """
+    at = like.new_empty(0, dtype=torch.int64)
+    values = like.new_empty(0)
+    floor = torch.zeros((), dtype=torch.int64, device=like.device)  # what is no larger cannot enter
+    step = chunk_tokens(like, n_features)
+    for start in range(0, len(like), step):
+        found = h(start, min(start + step, len(like))).flatten()
+        entering = (_ranks(found) > floor).nonzero().squeeze(1)
+        at = torch.cat([at, entering + start * n_features])
+        values = torch.cat([values, found[entering]])
+        if len(at) > n:
+            ranks = _ranks(values)
+            best = ranks.sort(descending=True, stable=True).indices[:n]
+            floor = ranks[best[-1]]
+            best = best.sort().values
+            at, values = at[best], values[best]
+    return at, values
+
+
+# ---- packing in pieces -----------------------------------------------------------------------------------------------
+
+Fill = Callable[[ops.Arena, int, int], None]
+
+
+def chunk_tokens(like: Tensor, n_features: int, n_bytes: int | None = None) -> int:
+    """How many tokens of n_features take n_bytes (CHUNK_BYTES by default): whole tiles, at least one."""
+    row_bytes = max(1, n_features) * like.itemsize
+    return max(1, (n_bytes or CHUNK_BYTES) // row_bytes // ops.TILE_TOKENS) * ops.TILE_TOKENS
+
+
+def in_chunks(compute: Callable[[int, int], Tensor]) -> Fill:
+    """A function that packs compute(start, stop), tokens of a matrix, into the device form of tokens [begin, end)."""
+
+    def fill(arena: ops.Arena, begin: int, end: int) -> None:
+        step = chunk_tokens(arena.values, arena.n_features)
+        for start in range(begin, end, step):
+            ops.encode_out(compute(start, min(start + step, end)), arena, first_token=start - begin)
+
+    return fill
+
+
+def pack(like: Tensor, n_tokens: int, n_features: int, fill: Fill) -> Planes:
+    """The planes of a matrix that `fill(arena, begin, end)` packs, tokens [begin, end) at a time.
+
+    A small matrix is made in one piece. The pieces of a large one hold what is stored and no more, and are then joined.
+    """
+    step = chunk_tokens(like, n_features, WIDE_ARENA_BYTES if n_features >= WIDE else ARENA_BYTES)
+    pieces = []
+    for begin in range(0, max(1, n_tokens), step):
+        end = min(begin + step, n_tokens)
+        arena = ops.empty_arena(like, end - begin, n_features)
+        fill(arena, begin, end)
+        pieces.append(ops.canonicalise(arena))
+    return join(pieces) if len(pieces) > 1 else pieces[0]
+
+
+def join(pieces: list[Planes]) -> Planes:
+    """Stacks valid encodings by token; none is empty, and all but the last are whole tiles long."""
+    counts, index, values, tile_ptr = zip(*pieces, strict=True)
+    sizes = counts[0].new_tensor([[len(i), len(v)] for i, v in zip(index, values, strict=True)], dtype=torch.int64)
+    starts = torch.stack([ptr[:, 0] for ptr in tile_ptr], 1)  # [n_columns, n_pieces, 2]
+    lengths = torch.cat([starts[1:], sizes[None]]) - starts
+    before = sizes.cumsum(0) - sizes  # of the other pieces, where all are laid end to end
+    places = starts + before
+    moved = (lengths.flatten(0, 1).cumsum(0).view_as(lengths) - lengths - starts)[:, :, None]
+    return (
+        torch.cat(counts, 1),
+        _runs(torch.cat(index), places[..., 0], lengths[..., 0]),
+        _runs(torch.cat(values), places[..., 1], lengths[..., 1]),
+        torch.cat([ptr + moved[:, i] for i, ptr in enumerate(tile_ptr)], 1),
+    )
+
+
+def tiles(planes: Planes, first: int, last: int) -> Planes:
+    """The encoding of tiles [first, last) of tokens, a copy; the tile starts must be in bounds (`check_tile_ptr`)."""
+    counts, index, values, tile_ptr = planes
+    totals = tile_ptr.new_tensor([[len(index), len(values)]])
+    starts = tile_ptr[:, first]
+    ends = tile_ptr[:, last] if last < tile_ptr.shape[1] else torch.cat([tile_ptr[1:, 0], totals])
+    lengths = ends - starts
+    return (
+        counts[:, first * ops.TILE_TOKENS : last * ops.TILE_TOKENS].contiguous(),
+        _runs(index, starts[:, 0], lengths[:, 0]),
+        _runs(values, starts[:, 1], lengths[:, 1]),
+        tile_ptr[:, first:last] + (lengths.cumsum(0) - lengths - starts)[:, None],
+    )
+
+
+def _runs(plane: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
+    """The pieces of a plane that start at `starts` and are `lengths` long, one after the other."""
+    starts, lengths = starts.flatten(), lengths.flatten()
+    moved = torch.repeat_interleave(starts - (lengths.cumsum(0) - lengths), lengths)
+    return plane[moved + torch.arange(len(moved), device=plane.device)]
+
+
+# ---- products with an encoding ---------------------------------------------------------------------------------------
+
+
+def sparse_linear(
+    counts: Tensor, index: Tensor, values: Tensor, tile_ptr: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """See `ops.sparse_linear`; here tokens are unpacked, chunk by chunk, and multiplied densely."""
+    planes = counts, index, values, tile_ptr
+    n_tokens, n_features = counts.shape[1], len(weight)
+    step = chunk_tokens(values, n_features, DENSE_BYTES)
+    out = values.new_empty((n_tokens, weight.shape[1]))
+    if n_tokens > step:
+        check_tile_ptr(planes)
+    for start in range(0, n_tokens, step):
+        stop = min(start + step, n_tokens)
+        chunk = planes if stop - start == n_tokens else tiles(planes, start // ops.TILE_TOKENS, _n_tiles(stop))
+        h = ops.decode(chunk, n_features, True)
+        if bias is None:
+            torch.mm(h, weight, out=out[start:stop])
+        else:
+            torch.addmm(bias, h, weight, out=out[start:stop])
+    return out
+
+
+def sparse_linear_grad_weight(
+    counts: Tensor, index: Tensor, values: Tensor, tile_ptr: Tensor, n_features: int, grad: Tensor
+) -> Tensor:
+    """The encoding, transposed, times grad [n_tokens, d_out]. Columns lie together: some are unpacked at a time."""
+    n_tokens, n_columns = counts.shape[1], len(counts)
+    out = values.new_zeros((n_features, grad.shape[1]))
+    if n_tokens == 0:
+        return out
+    planes = counts, index, values, tile_ptr
+    check_tile_ptr(planes)
+    starts = [*tile_ptr[:, 0].tolist(), [len(index), len(values)]]
+    step = max(1, DENSE_BYTES // (n_tokens * ops.COLUMN_WIDTH * values.itemsize))
+    for first in range(0, n_columns, step):
+        last = min(first + step, n_columns)
+        (i, v), (i_end, v_end) = starts[first], starts[last]
+        group = (counts[first:last], index[i:i_end], values[v:v_end], tile_ptr[first:last] - tile_ptr[first, 0])
+        features = slice(first * ops.COLUMN_WIDTH, min(last * ops.COLUMN_WIDTH, n_features))
+        torch.mm(ops.decode(group, features.stop - features.start, True).T, grad, out=out[features])
+    return out
+
+
+def check_tile_ptr(planes: Planes) -> None:
+    """Complains if a tile start is out of bounds, so that nothing is read there; `decode` checks the rest."""
+    _, index, values, tile_ptr = planes
+    starts = torch.cat([tile_ptr.flatten(0, 1), tile_ptr.new_tensor([[len(index), len(values)]])])
+    if bool(starts[0].any() | (starts.diff(dim=0) < 0).any()):
+        raise RuntimeError("not a valid encoding: the tile starts do not ascend from 0 to the planes' sizes")
+
+
+def _n_tiles(n_tokens: int) -> int:
+    return -(-n_tokens // ops.TILE_TOKENS)
+
+
+# ---- registration ----------------------------------------------------------------------------------------------------
+
+
+def on_the_cpu(op: Any) -> Callable[..., Any]:
+    """A function that runs an op with its tensors on the CPU, and gives the results back on their device."""
+
+    def to(device: torch.device | str, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(device)
+        return type(value)(to(device, item) for item in value) if isinstance(value, list | tuple) else value
+
+    def run(*arguments: Any) -> Any:
+        planes = arguments[0]
+        device = (planes[0] if isinstance(planes, list) else planes).device
+        return to(device, op(*to("cpu", arguments)))
+
+    return run
+
+
+def _plain(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The kernel as an op's: dtypes are what they are, and gradients are the op's own matter."""
+
+    @functools.wraps(kernel)
+    def run(*arguments: Any) -> Any:
+        with torch.no_grad(), torch.autocast("cuda", enabled=False):
+            return kernel(*arguments)
+
+    return run
+
+
+def available() -> bool:
+    """Whether pyfacts can work on CUDA tensors here: its kernels were built, and torch has CUDA."""
+    return _library.has_cuda()
+
+
+def register() -> None:
+    """Makes these functions the ops' CUDA kernels."""
+    computed = (linear_relu_encode, gated_relu_encode, linear_topk_encode, sparse_linear, sparse_linear_grad_weight)
+    kernels: dict[str, Callable[..., Any]] = {kernel.__name__: kernel for kernel in computed}
+    kernels |= {name: on_the_cpu(getattr(torch.ops.pyfacts, name)) for name in ("slice", "cat", "neuron", "to_csr")}
+    for name, kernel in kernels.items():
+        torch.library.impl(f"pyfacts::{name}", "CUDA")(_plain(kernel))
+
+
+if available():
+    register()
