@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
+NVCC ?= $(or $(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
 SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
 
-.PHONY: setup demo test test-slow lint format bench clean
+.PHONY: setup cuda demo test test-slow lint format bench gpu-check gpu-wheels clean
 
 setup: $(VENV)/.built
 $(VENV)/.installed: pyproject.toml requirements-dev.txt requirements-sae.txt
@@ -18,6 +19,14 @@ $(VENV)/.installed: pyproject.toml requirements-dev.txt requirements-sae.txt
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 	$(BIN)/pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@
+
+# The CUDA kernels too; needs nvcc, but neither a GPU nor a torch for one. Spilt registers are an error.
+cuda: setup
+	@test -n "$(NVCC)" || { echo "make cuda needs nvcc: put it on PATH, or give NVCC=/path/to/nvcc"; exit 1; }
+	@mkdir -p build
+	CUDACXX=$(NVCC) $(BIN)/pip install -v --no-build-isolation --no-deps -C build-dir=build/cuda \
+	  -C cmake.define.PYFACTS_CUDA=ON -e . > build/cuda.log 2>&1 || { cat build/cuda.log; exit 1; }
+	@! grep -E "spill|serialized" build/cuda.log
 
 demo: setup
 	$(BIN)/pyfacts demo
@@ -40,6 +49,13 @@ format: setup
 
 bench: setup
 	$(BIN)/python bench/run.py
+
+# On a machine with a GPU, with that machine's own Python and torch; gpu-wheels fetches what it may lack.
+gpu-check:
+	$(PYTHON) bench/gpu_check.py
+
+gpu-wheels:
+	$(PYTHON) bench/gpu_check.py --fetch-wheels
 
 clean:
 	rm -rf build $(VENV)

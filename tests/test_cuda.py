@@ -8,12 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import device_form
+import numpy as np
 import pytest
+import tiny_models
 import torch
-from conftest import DTYPES, sparse
-from conftest import needs_cuda as needs_cuda_mark
-from reference import assert_same_bits
-from test_linear import largest, operands, whole_numbers
+from conftest import DTYPES, needs_cuda, sparse
+from reference import BITS, assert_same_bits, decoded, from_bits
+from test_linear import largest, normal_operands, operands, whole_numbers
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -21,7 +22,7 @@ import pyfacts
 from pyfacts import cuda, ops
 
 OPS = torch.ops.pyfacts
-DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda_mark)]
+DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
 
 on_each_device = pytest.mark.parametrize("device", DEVICES)
 of_each_dtype = pytest.mark.parametrize("dtype", DTYPES)
@@ -298,3 +299,219 @@ def test_tile_starts_out_of_bounds_are_an_error(device: str, place: tuple[int, i
     ):
         with pytest.raises(RuntimeError, match="not a valid encoding: the tile starts"):
             product()
+
+
+# ---- on a GPU alone --------------------------------------------------------------------------------------------------
+
+
+def on_gpu(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(tensor.cuda() for tensor in tensors)
+
+
+def assert_like_the_cpu(x: Tensor, min_abs: float = 0.0, signed_zero: bool = False) -> None:
+    """x is on the GPU: its planes are those of the CPU, and decode to the same bits."""
+    expected = ops.encode(x.cpu(), min_abs, signed_zero)
+    planes = ops.encode(x, min_abs, signed_zero)
+    assert_same_planes(planes, expected)
+    dense = ops.decode(planes, x.shape[1], signed_zero)
+    assert_same_bits(dense.cpu(), decoded(x.cpu(), min_abs, signed_zero))
+
+
+@needs_cuda
+@of_each_dtype
+@pytest.mark.parametrize("n_features", [0, 1, 9, 255, 256, 257, 700])
+def test_encode_and_decode_give_the_cpus_bits(dtype: torch.dtype, n_features: int) -> None:
+    for n_tokens in (0, 1, 15, 17, 127, 129, 300):
+        for density in (0.02, 0.13, 0.6, 1.0):
+            assert_like_the_cpu(sparse(n_tokens, n_features, density, dtype, seed=n_tokens).cuda())
+
+
+@needs_cuda
+@of_each_dtype
+def test_every_count_of_a_segment(dtype: torch.dtype) -> None:
+    x = torch.zeros(257, 256, dtype=dtype)
+    shuffle = torch.randperm(256, generator=torch.Generator().manual_seed(0))
+    for n in range(257):
+        x[n, shuffle[:n]] = 1 + torch.arange(n).to(dtype)
+    assert_like_the_cpu(x.cuda())
+
+
+@needs_cuda
+@of_each_dtype
+@pytest.mark.parametrize("signed_zero", [False, True])
+@pytest.mark.parametrize("min_abs", [0.0, 1e-40, 0.3, 65519.0, 1e300, float("inf")])
+def test_special_values_and_thresholds(dtype: torch.dtype, signed_zero: bool, min_abs: float) -> None:
+    """Arbitrary bits and zeros of both signs: NaNs, infinities, subnormals."""
+    random = np.random.default_rng(0)
+    n_bits = 8 * BITS[dtype]().nbytes
+    pattern = random.integers(0, 1 << n_bits, (40, 300), BITS[dtype])
+    pattern[random.random(pattern.shape) < 0.3] = 0
+    pattern[random.random(pattern.shape) < 0.3] = 1 << (n_bits - 1)
+    assert_like_the_cpu(from_bits(pattern, dtype).cuda(), min_abs, signed_zero)
+
+
+@needs_cuda
+def test_rows_of_any_stride_and_alignment() -> None:
+    base = sparse(140, 300, 0.1, torch.bfloat16).cuda()
+    for x in (base[:, 3:290], base[1::2], base.T, base[:1].expand(5, 300), base[:, ::3]):
+        assert_like_the_cpu(x)
+    out = torch.full((140, 400), 7.0, dtype=torch.bfloat16, device="cuda")
+    pyfacts.encode(base).to_dense(out=out[:, 50:350])
+    assert torch.equal(out[:, 50:350], base) and bool((out[:, :50] == 7).all() and (out[:, 350:] == 7).all())
+
+
+@needs_cuda
+def test_a_matrix_of_many_groups() -> None:
+    """More blocks than a GPU runs at a time."""
+    assert_like_the_cpu(sparse(5000, 5000, 0.05, torch.bfloat16).cuda())
+
+
+@needs_cuda
+def test_broken_planes_are_refused() -> None:
+    counts, index, values, tile_ptr = pyfacts.encode(sparse(200, 300, 0.1, torch.float32)).to("cuda").planes
+    index[0] = 255 - index[0]
+    with pytest.raises(RuntimeError, match="not a valid encoding: "):
+        ops.decode((counts, index, values, tile_ptr), 300, False)
+
+
+@needs_cuda
+def test_packing_waits_for_nothing() -> None:
+    """The GPU is kept busy: it cannot have begun when the calls return."""
+    x = sparse(300, 700, 0.1, torch.bfloat16).cuda()
+    arena = ops.empty_arena(x, *x.shape)
+    _, index, values, tile_ptr = ops.encode(x, 0.0, False)
+    sizes = torch.empty(2, dtype=torch.int64, device="cuda")
+
+    def run() -> None:
+        arena.cursor.zero_()
+        ops.encode_out(x, arena)
+        ops.canonicalise_out(arena, index, values, tile_ptr, sizes)
+
+    run()  # loads the kernels
+    torch.cuda.synchronize()
+    torch.cuda._sleep(1 << 30)
+    run()
+    assert not torch.cuda.current_stream().query()
+    assert sizes.tolist() == [len(index), len(values)]
+
+
+@needs_cuda
+def test_another_stream_is_honoured() -> None:
+    x = sparse(300, 700, 0.1, torch.bfloat16).cuda()
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(1 << 28)
+        late = x * 2
+        planes = ops.encode(late, 0.0, False)
+    assert_encodes(planes, x.cpu() * 2)
+
+
+@needs_cuda
+@of_each_dtype
+def test_as_accurate_as_torch(dtype: torch.dtype) -> None:
+    x, weight, bias = (operand.to(dtype) for operand in normal_operands(2100, 96, 1500))
+    exact = torch.relu(linear(x.double(), weight.double(), bias.double()))
+    given = on_gpu(x, weight, bias)
+    error = (pyfacts.linear_relu_encode(*given).to_dense().cpu().double() - exact).abs().max()
+    assert error <= 2 * (torch.relu(linear(*given)).cpu().double() - exact).abs().max()
+
+
+@needs_cuda
+@pytest.mark.parametrize("activation", ["relu", "relu2", "jumprelu"])
+def test_gradients(activation: str) -> None:
+    x, weight, bias = on_gpu(*normal_operands(300, 16, 700))
+    threshold = torch.rand(700, device="cuda") if activation == "jumprelu" else None
+    leaves = [[t.clone().requires_grad_() for t in (x, weight, bias)] for _ in range(2)]
+    h, enc = pyfacts.linear_relu_encode(*leaves[0], activation, return_dense=True, threshold=threshold)
+    z = linear(*leaves[1])
+    plain = z.relu() if threshold is None else torch.where(z > threshold, z.relu(), 0)
+    plain = plain.square() if activation == "relu2" else plain
+    assert_same_bits(enc.to_dense().cpu(), h.detach().cpu())
+    for ours, theirs in zip(
+        torch.autograd.grad(h.square().sum(), leaves[0]),
+        torch.autograd.grad(plain.square().sum(), leaves[1]),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+@needs_cuda
+def test_gradients_of_sparse_linear() -> None:
+    h, (weight, bias) = sparse(300, 700, 0.1, torch.float32).cuda(), on_gpu(torch.randn(700, 20), torch.randn(20))
+    leaves = [[t.clone().requires_grad_() for t in (weight, bias)] for _ in range(2)]
+    outs = pyfacts.sparse_linear(pyfacts.encode(h), *leaves[0]), h @ leaves[1][0] + leaves[1][1]
+    torch.testing.assert_close(*outs, rtol=1e-3, atol=1e-3)
+    for ours, theirs in zip(
+        *(torch.autograd.grad(out.square().sum(), own) for out, own in zip(outs, leaves, strict=True)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-2)
+
+
+@needs_cuda
+def test_autocast_decides_the_dtype() -> None:
+    x, weight, bias = on_gpu(*operands((20, 8, 300), torch.float32))
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        enc = pyfacts.linear_relu_encode(x, weight, bias)
+        assert pyfacts.linear_topk_encode(x, weight, bias, 3).dtype == torch.bfloat16
+        out = pyfacts.sparse_linear(pyfacts.encode(x), torch.ones(8, 4, device="cuda"))
+    assert_encodes(enc.planes, linear(x, weight, bias).relu().bfloat16())
+    assert out.dtype == torch.float32
+
+
+@needs_cuda
+def test_a_wide_encoder_stays_far_below_its_dense_size() -> None:
+    """8,192 tokens by 131,072 latents would be 2.1 GB."""
+    x = torch.randn(8192, 64, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(131072, 64, device="cuda", dtype=torch.bfloat16) / 8
+    bias = torch.full((131072,), -3.1, device="cuda", dtype=torch.bfloat16)  # about 0.1 % of a normal is above
+    pyfacts.linear_relu_encode(x[:128], weight, bias)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    enc = pyfacts.linear_relu_encode(x, weight, bias)
+    assert 0 < enc.density < 0.002
+    assert torch.cuda.max_memory_allocated() - before < 0.1 * enc.shape.numel() * 2
+
+
+@needs_cuda
+def test_compiles_into_one_graph() -> None:
+    @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+    def round_trip(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        enc = pyfacts.linear_relu_encode(x, weight)
+        return enc.to_dense(), pyfacts.sparse_linear(enc, weight)
+
+    weight = whole_numbers(600, 16, dtype=torch.float32).cuda()
+    for n_tokens in (3, 200):
+        x = whole_numbers(n_tokens, 16, dtype=torch.float32).cuda()
+        dense, out = round_trip(x, weight)
+        assert torch.equal(dense, torch.relu(x @ weight.T)) and torch.equal(out, dense @ weight)
+
+
+@needs_cuda
+@pytest.mark.filterwarnings("ignore:the captured neurons are")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_capture_gives_what_hooks_see(dtype: torch.dtype) -> None:
+    model = tiny_models.opt().to("cuda", dtype)
+    calls = [tiny_models.tokens(2, 7, 0).cuda(), tiny_models.tokens(3, 4, 1).cuda()]
+    seen: list[Tensor] = []
+    hook = model.model.decoder.layers[1].fc2.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    with torch.no_grad():
+        alone = [model(ids).logits for ids in calls]
+        hook.remove()
+        with pyfacts.capture(model) as cache:
+            captured = [model(ids).logits for ids in calls]
+    for a, b in zip(alone, captured, strict=True):
+        assert torch.equal(a, b)
+    enc = cache["blocks.1.mlp.hook_post"]
+    expected = torch.cat([x.flatten(0, -2) for x in seen])
+    assert_same_bits(enc.to_dense().cpu(), expected.cpu() + 0.0)
+    tokens, values = enc.neuron(3)
+    assert torch.equal(expected[:, 3].nonzero().squeeze(1).to(tokens.device), tokens)
+    assert torch.equal(expected[:, 3].to(values.device)[tokens], values)
+
+
+@needs_cuda
+def test_operands_on_two_devices_are_named() -> None:
+    ones = torch.ones(4, 4, device="cuda")
+    with pytest.raises(ValueError, match="weight must be on the device of x, cuda:0, got cpu"):
+        pyfacts.linear_relu_encode(ones, ones.cpu())
