@@ -28,12 +28,6 @@ inline cpu::Status status_of(FaultKey key, int64_t n_tokens) {
   return {fault, place / (n_tokens + 1), token == n_tokens ? -1 : token};
 }
 
-__device__ __forceinline__ int popcount(const uint8_t* bytes, int n_bytes) {
-  int n = 0;
-  for (int i = 0; i < n_bytes; ++i) n += __popc(bytes[i]);
-  return n;
-}
-
 // Whether any thread of the block says so. All threads take part.
 __device__ __forceinline__ bool any_thread(bool flag) { return __syncthreads_or(flag) != 0; }
 

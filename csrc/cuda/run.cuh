@@ -51,14 +51,10 @@ struct Shared {
 // The sum of `value` over the threads before this one; *total gets the sum over the block. All threads take part.
 __device__ __forceinline__ uint32_t exclusive_sum(uint32_t value, int thread, Shared& shared, uint32_t* total) {
   const int lane = thread % kWarpLanes;
-  uint32_t sum = value;
-#pragma unroll
-  for (int step = 1; step < kWarpLanes; step *= 2) {
-    const uint32_t below = __shfl_up_sync(kAllLanes, sum, step);
-    if (lane >= step) sum += below;
-  }
+  uint32_t warp_total;
+  const uint32_t before_in_warp = exclusive_warp_sum(value, lane, &warp_total);
   __syncthreads();  // the readers of an earlier sum are done
-  if (lane == kWarpLanes - 1) shared.warp_totals[thread / kWarpLanes] = sum;
+  if (lane == 0) shared.warp_totals[thread / kWarpLanes] = warp_total;
   __syncthreads();
   uint32_t before = 0;
   *total = 0;
@@ -67,7 +63,7 @@ __device__ __forceinline__ uint32_t exclusive_sum(uint32_t value, int thread, Sh
     if (warp < thread / kWarpLanes) before += shared.warp_totals[warp];
     *total += shared.warp_totals[warp];
   }
-  return before + sum - value;
+  return before + before_in_warp;
 }
 
 // A segment's sizes in one word, so that one sum serves both: a run has at most 2^12 bytes of index and 2^15 values.

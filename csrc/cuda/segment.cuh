@@ -11,17 +11,15 @@
 
 #include "../cpu/encoding.h"
 #include "../format.h"
-#include "../predicate.h"
+#include "warp.cuh"
 
 namespace pyfacts::cuda {
 
 using cpu::Fault;
 
-constexpr int kWarpLanes = 32;
 constexpr int kMaskWords = kColumnWidth / kWarpLanes;
-constexpr uint32_t kAllLanes = 0xffffffff;
 
-struct alignas(16) SegmentMask {
+struct SegmentMask {
   uint32_t word[kMaskWords];
 };
 
@@ -45,39 +43,10 @@ __device__ __forceinline__ void for_each_feature(const SegmentMask& mask, int la
   }
 }
 
-// The mask of x [width], read as bits of the dtype. All lanes take part.
-template <typename T>
-__device__ __forceinline__ SegmentMask find_stored(const T* x, int width, const Predicate& predicate, int lane) {
-  SegmentMask mask;
-#pragma unroll
-  for (int k = 0; k < kMaskWords; ++k) {
-    const int j = kWarpLanes * k + lane;
-    const uint32_t bits = j < width ? x[j] : 0;  // +0.0 is never stored
-    mask.word[k] = __ballot_sync(kAllLanes, (bits & predicate.mask) > predicate.floor || bits == predicate.also);
-  }
-  return mask;
-}
-
-// Writes index_bytes(n, width) bytes: positions or a bitmap, as n = count_stored(mask) decides.
-__device__ __forceinline__ void write_index(const SegmentMask& mask, int n, int width, int lane, uint8_t* index) {
-  if (has_positions(n, width)) {
-    for_each_feature(mask, lane, [=](int j, int rank) {
-      if (rank >= 0) index[rank] = static_cast<uint8_t>(j);
-    });
-    return;
-  }
-  uint32_t word = 0;  // mask.word[lane / 4]; with a branch the compiler would index, and move the mask to local memory
-#pragma unroll
-  for (int k = 0; k < kMaskWords; ++k) word |= mask.word[k] & (0u - static_cast<uint32_t>(lane / 4 == k));
-  if (lane < bitmap_bytes(width)) index[lane] = static_cast<uint8_t>(word >> 8 * (lane % 4));
-}
-
-// Gathers the stored values of x [width] to values [n].
-template <typename T>
-__device__ __forceinline__ void write_values(const SegmentMask& mask, const T* x, int lane, T* values) {
-  for_each_feature(mask, lane, [=](int j, int rank) {
-    if (rank >= 0) values[rank] = x[j];
-  });
+__device__ __forceinline__ int popcount(const uint8_t* bytes, int n_bytes) {
+  int n = 0;
+  for (int i = 0; i < n_bytes; ++i) n += __popc(bytes[i]);
+  return n;
 }
 
 // What is wrong with a bitmap of n bits behind a count byte: only 255 may stand for another number, 256.
@@ -114,14 +83,6 @@ __device__ __forceinline__ SegmentMask read_index(int count_byte, int width, con
     *fault = positions ? Fault::none : check_bitmap_count(count_stored(mask), count_byte, width);
   }
   return mask;
-}
-
-// Lane `source`'s mask, in all lanes. All lanes take part.
-__device__ __forceinline__ SegmentMask broadcast(const SegmentMask& mask, int source) {
-  SegmentMask result;
-#pragma unroll
-  for (int k = 0; k < kMaskWords; ++k) result.word[k] = __shfl_sync(kAllLanes, mask.word[k], source);
-  return result;
 }
 
 }  // namespace pyfacts::cuda
