@@ -30,17 +30,6 @@ struct Part {
   int64_t n_blocks() const { return n_columns(n_features) * ceil_div(n_groups(n_tokens), kBlockGroups<T>); }
 };
 
-// An octet of the row, or of what is left of it: zeros (which are never stored, unlike -0.0) fill it.
-template <typename T>
-__device__ __forceinline__ Octet<T> load_ragged(const T* at, int n_left) {
-  Octet<T> octet = {};
-#pragma unroll
-  for (int e = 0; e < kOctet; ++e) {
-    if (e < n_left) octet.set_element(e, at[e]);
-  }
-  return octet;
-}
-
 // `place` for the groups of a block.
 template <typename T>
 __device__ __forceinline__ uint64_t place_block(unsigned long long* cursor, uint64_t units, int thread,
@@ -82,7 +71,7 @@ __device__ __forceinline__ void encode_groups(const Part<T>& x, const Stored& st
   Octet<T> octets[kGroupTokens];
   if (n_tokens == kGroupTokens && width == kColumnWidth && x.aligned) {
 #pragma unroll
-    for (int i = 0; i < kGroupTokens; ++i) octets[i] = *reinterpret_cast<const Octet<T>*>(mine + i * x.row_stride);
+    for (int i = 0; i < kGroupTokens; ++i) octets[i] = load_octet(mine + i * x.row_stride);
   } else {
 #pragma unroll
     for (int i = 0; i < kGroupTokens; ++i) {
@@ -91,7 +80,7 @@ __device__ __forceinline__ void encode_groups(const Part<T>& x, const Stored& st
   }
   Staging<T>& staging = shared.staging[warp];
 #pragma unroll
-  for (int i = 0; i < kGroupTokens; ++i) *reinterpret_cast<Octet<T>*>(&staging.rows[i][kOctet * lane]) = octets[i];
+  for (int i = 0; i < kGroupTokens; ++i) store_octet(&staging.rows.row[i][kOctet * lane], octets[i]);
   pack_group(out, x.first_column + column, x.first_token + token, n_tokens, width, lane, stored, octets, staging,
              place);
 }

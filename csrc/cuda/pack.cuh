@@ -12,43 +12,16 @@
 
 #include <cstdint>
 
-#include "arena.h"
-#include "warp.cuh"
+#include "octet.cuh"
 
 namespace pyfacts::cuda {
 
-constexpr int kOctet = 8;
-constexpr int kRowLanes = kWarpLanes / kGroupTokens;
-constexpr int kLaneFeatures = kColumnWidth / kRowLanes;
 constexpr int kLaneWords = kLaneFeatures / 32;
-static_assert(kColumnWidth == kOctet * kWarpLanes);
-
-// Eight neighbouring elements of a row, as bits, in registers: 16 bytes a load.
-template <typename T>
-struct Octet {
-  Unit unit[kOctet * sizeof(T) / kUnitBytes];
-
-  __device__ __forceinline__ uint32_t element(int e) const {
-    const int n = e * static_cast<int>(sizeof(T));
-    const uint32_t word = unit[n / kUnitBytes].word[n % kUnitBytes / 4];
-    return sizeof(T) == 4 ? word : word >> 8 * (n % 4) & 0xffff;
-  }
-  // For one that is zero.
-  __device__ __forceinline__ void set_element(int e, T bits) {
-    const int n = e * static_cast<int>(sizeof(T));
-    unit[n / kUnitBytes].word[n % kUnitBytes / 4] |= static_cast<uint32_t>(bits) << 8 * (n % 4);
-  }
-};
-
-// From one row to the next in staging memory: 16 bytes more than a row, so that the same features of neighbouring rows
-// lie in different banks.
-template <typename T>
-constexpr int kStagedRow = kColumnWidth + 16 / static_cast<int>(sizeof(T));
 
 // A warp's memory: the group as it came, and as it leaves.
 template <typename T>
 struct alignas(16) Staging {
-  T rows[kGroupTokens][kStagedRow<T>];
+  StagedRows<T> rows;
   T values[kGroupTokens * kColumnWidth];
   uint8_t bitmaps[kGroupTokens * kWarpLanes];
   uint8_t index[kGroupTokens * kWarpLanes];
@@ -60,7 +33,7 @@ struct Stored {
   bool signed_zero;
 };
 
-// The same for both halves of a word at once, in their highest bits.
+// Of both halves of a word at once, in their highest bits.
 __device__ __forceinline__ uint32_t stored_halves(uint32_t x, const Stored& stored) {
   constexpr uint32_t kMagnitudes = 0x7fff7fff, kSigns = 0x80008000;
   const uint32_t reaches_sign = (0x7fff - stored.floor) * 0x10001;  // when a magnitude above the floor is added
@@ -97,8 +70,8 @@ __device__ __forceinline__ void copy_units(const void* from, uint8_t* to, int n_
 }
 
 // Packs the tokens [first_token, first_token + n_tokens), at most 8, of a column of that width. octets[i] is this
-// lane's part of the i-th of them, zeros beyond the width and beyond the last token, and staging.rows[i] holds it too:
-// this lane's writes need not be visible to the others yet. All lanes take part.
+// lane's part of the i-th of them, zeros beyond the width and beyond the last token, and staging.rows.row[i] holds it
+// too: this lane's writes need not be visible to the others yet. All lanes take part.
 //
 // place(units) asks for room, values << 32 | index, and returns where it begins; all lanes call it at once.
 template <typename T, typename Place>
@@ -154,7 +127,7 @@ __device__ __forceinline__ void pack_group(const Arena& out, int64_t column, int
     const int first = part * kLaneFeatures + 32 * i;
     for (uint32_t bits = words[i]; bits != 0; bits &= bits - 1) {
       const int j = first + __ffs(static_cast<int>(bits)) - 1;
-      *value++ = staging.rows[row][j];
+      *value++ = staging.rows.row[row][j];
       if (positions) *byte++ = static_cast<uint8_t>(j);
     }
   }

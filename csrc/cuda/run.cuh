@@ -1,10 +1,18 @@
-// What one block does with one run: a tile of 128 tokens of one column. Thread t keeps the books of token t; warp w
-// packs or unpacks the tokens 32 w ... 32 w + 31, one segment after another.
+// What one block does with one run: a tile of 128 tokens of one column. Thread t keeps the books of token t.
+//
+// Like all of the .cuh files but those of the matrix product, this is CUDA without the toolkit's headers:
+// tests/cuda_emulation compiles it as host C++, lane by lane.
 #pragma once
 
-#include "segment.cuh"
+#include <cstdint>
+
+#include "../cpu/encoding.h"
+#include "../format.h"
+#include "warp.cuh"
 
 namespace pyfacts::cuda {
+
+using cpu::Fault;
 
 constexpr int kRunThreads = kTileTokens;
 constexpr int kRunWarps = kRunThreads / kWarpLanes;
@@ -13,15 +21,6 @@ constexpr int kRunWarps = kRunThreads / kWarpLanes;
 struct Sizes {
   int64_t index;
   int64_t values;
-};
-
-// A dense matrix [n_tokens, n_features] with unit feature stride. T is uint32_t or uint16_t: the bits of an element.
-template <typename T>
-struct Matrix {
-  T* data;
-  int64_t row_stride;  // elements
-  int64_t n_tokens;
-  int64_t n_features;
 };
 
 // The run of block `block`, for a grid of n_columns * n_tiles. Blocks in flight together read whole rows.
@@ -72,5 +71,12 @@ __device__ __forceinline__ uint32_t pack_sizes(int64_t index, int64_t values) {
 }
 __device__ __forceinline__ int64_t packed_index(uint32_t sizes) { return sizes >> 16; }
 __device__ __forceinline__ int64_t packed_values(uint32_t sizes) { return sizes & 0xffff; }
+
+// The set bits of a bitmap.
+__device__ __forceinline__ int popcount(const uint8_t* bytes, int n_bytes) {
+  int n = 0;
+  for (int i = 0; i < n_bytes; ++i) n += __popc(bytes[i]);
+  return n;
+}
 
 }  // namespace pyfacts::cuda

@@ -161,6 +161,12 @@ void canonical_copy(const Arena& original, const Sizes* tile_ptr, Sizes total, u
 }
 
 template <typename T>
+struct DecodeShared {
+  Shared run;
+  StagedRows<T> staged[kRunWarps];
+};
+
+template <typename T>
 FaultKey decode(const cpu::Encoding& original, uint32_t zero_mask, T* out, uint32_t seed) {
   cpu::Encoding e = original;
   const int64_t n = n_runs(e.n_tokens, e.n_features);
@@ -174,9 +180,11 @@ FaultKey decode(const cpu::Encoding& original, uint32_t zero_mask, T* out, uint3
   e.values = values.data();
   e.tile_ptr = tile_ptr.data();
   FaultKey first_fault = kNoFault;
-  launch<Shared>(n, kRunThreads, seed, [&](int64_t block, int thread, Shared& shared) {
-    decode_run<T>(e, zero_mask, block, thread, shared, {dense.data(), e.n_features, e.n_tokens, e.n_features},
-                  &first_fault);
+  const bool aligned = reinterpret_cast<uintptr_t>(dense.data()) % kUnitBytes == 0 &&
+                       e.n_features * static_cast<int64_t>(sizeof(T)) % kUnitBytes == 0;
+  launch<DecodeShared<T>>(n, kRunThreads, seed, [&](int64_t block, int thread, DecodeShared<T>& shared) {
+    decode_run<T>(e, zero_mask, block, thread, shared.run, shared.staged[thread / kWarpLanes],
+                  {dense.data(), e.n_features, aligned}, &first_fault);
   });
   dense.copy_back();
   return first_fault;

@@ -170,7 +170,10 @@ using emulation::Collective;
 using Site = std::source_location;
 
 inline int __popc(uint32_t x) { return std::popcount(x); }
+inline int __popcll(uint64_t x) { return std::popcount(x); }
 inline int __ffs(int x) { return x == 0 ? 0 : std::countr_zero(static_cast<uint32_t>(x)) + 1; }
+
+inline int __ffsll(long long x) { return x == 0 ? 0 : std::countr_zero(static_cast<uint64_t>(x)) + 1; }
 
 inline uint32_t __ballot_sync(uint32_t mask, int flag, Site site = Site::current()) {
   uint32_t result = 0;
