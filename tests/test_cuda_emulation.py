@@ -43,26 +43,92 @@ def pointer(array: np.ndarray) -> ctypes.c_void_p:
     return ctypes.c_void_p(array.ctypes.data)
 
 
-def encode(
-    emulator: ctypes.CDLL, x: torch.Tensor, min_abs: float = 0.0, signed_zero: bool = False, seed: int = 0
-) -> Planes:
-    """count_run, the sum that CUB makes on the device, pack_run."""
-    (n_tokens, n_features), item = x.shape, BITS[x.dtype]
-    n_columns, n_tiles = -(-n_features // 256), -(-n_tokens // 128)
-    counts = np.full((n_columns, n_tokens), 0xA5, np.uint8)
-    masks = np.full((n_columns, n_tokens, 8), 0xA5A5A5A5, np.uint32)
-    starts = np.full((n_columns * n_tiles + 1, 2), -1, np.int64)
-    tile_ptr = np.full((n_columns, n_tiles, 2), -1, np.int64)
-    matrix = (
+class Arena(ctypes.Structure):
+    """csrc/cuda/arena.h, over numpy arrays: of the worst case's sizes, or smaller."""
+
+    _fields_ = (
+        ("dtype", ctypes.c_uint8),
+        ("n_tokens", ctypes.c_int64),
+        ("n_features", ctypes.c_int64),
+        ("counts", ctypes.c_void_p),
+        ("index", ctypes.c_void_p),
+        ("index_capacity", ctypes.c_int64),
+        ("values", ctypes.c_void_p),
+        ("values_capacity", ctypes.c_int64),
+        ("group_ptr", ctypes.c_void_p),
+        ("cursor", ctypes.c_void_p),
+    )
+
+    def __init__(
+        self, dtype: torch.dtype, n_tokens: int, n_features: int, capacity: tuple[int, int] | None = None
+    ) -> None:
+        columns, groups = -(-n_features // 256), -(-n_tokens // 8)
+        worst = columns * groups * 8
+        index_capacity, values_capacity = capacity or (worst * 32, worst * 256 * BITS[dtype]().nbytes)
+        self.arrays = {
+            "counts": np.full((columns, n_tokens), 0xA5, np.uint8),
+            "index": np.full(index_capacity, 0xA5, np.uint8),
+            "values": np.full(values_capacity, 0xA5, np.uint8),
+            "group_ptr": np.full((columns, groups), 0xA5A5A5A5, np.uint64),
+            "cursor": np.zeros(1, np.uint64),
+        }
+        super().__init__(
+            dtype=DTYPES.index(dtype),
+            n_tokens=n_tokens,
+            n_features=n_features,
+            index_capacity=index_capacity,
+            values_capacity=values_capacity,
+            **{name: array.ctypes.data for name, array in self.arrays.items()},
+        )
+
+    @property
+    def used(self) -> tuple[int, int]:
+        """Bytes of index and of values that the cursor has placed."""
+        units = int(self.arrays["cursor"][0])
+        return 16 * (units & 0xFFFFFFFF), 16 * (units >> 32)
+
+
+def encode_out(
+    emulator: ctypes.CDLL,
+    x: torch.Tensor,
+    arena: Arena,
+    min_abs: float = 0.0,
+    signed_zero: bool = False,
+    first_token: int = 0,
+    first_column: int = 0,
+    seed: int = 0,
+) -> None:
+    emulator.emulated_encode(
         DTYPES.index(x.dtype),
         ctypes.c_void_p(x.data_ptr()),
-        *map(ctypes.c_int64, (x.stride(0), n_tokens, n_features)),
+        *map(ctypes.c_int64, (x.stride(0), *x.shape)),
+        ctypes.c_double(min_abs),
+        ctypes.c_bool(signed_zero),
+        ctypes.byref(arena),
+        *map(ctypes.c_int64, (first_token, first_column)),
+        seed,
     )
-    threshold = ctypes.c_double(min_abs), ctypes.c_bool(signed_zero)
-    emulator.emulated_count(*matrix, *threshold, *map(pointer, (counts, masks, starts)), seed)
-    index, values = np.full(starts[-1, 0], 0xA5, np.uint8), np.full(starts[-1, 1], 0xA5A5, item)
-    emulator.emulated_pack(*matrix, *map(pointer, (masks, starts, index, values, tile_ptr)), seed)
-    return counts, index, values, tile_ptr
+
+
+def canonical(emulator: ctypes.CDLL, arena: Arena, dtype: torch.dtype, seed: int = 0) -> Planes | None:
+    """The canonical planes, None of an arena that overflowed."""
+    n_tiles = -(-arena.n_tokens // 128)
+    tile_ptr = np.full((-(-arena.n_features // 256), n_tiles, 2), -7, np.int64)
+    total = np.full(2, -7, np.int64)
+    emulator.emulated_canonical_starts(ctypes.byref(arena), pointer(tile_ptr), pointer(total), seed)
+    if total[0] < 0:
+        return None
+    index, values = np.full(total[0], 0xA5, np.uint8), np.full(total[1], 0xA5A5, BITS[dtype])
+    emulator.emulated_canonical_copy(ctypes.byref(arena), *map(pointer, (tile_ptr, total, index, values)), seed)
+    return arena.arrays["counts"], index, values, tile_ptr
+
+
+def encode(
+    emulator: ctypes.CDLL, x: torch.Tensor, min_abs: float = 0.0, signed_zero: bool = False, seed: int = 0
+) -> Planes | None:
+    arena = Arena(x.dtype, *x.shape)
+    encode_out(emulator, x, arena, min_abs, signed_zero, seed=seed)
+    return canonical(emulator, arena, x.dtype, seed)
 
 
 def decode(
@@ -157,6 +223,46 @@ def test_rows_with_a_stride_and_no_alignment(emulator: ctypes.CDLL) -> None:
     base = sparse(140, 300, 0.1, torch.bfloat16)
     for x in (base[:, 3:290], base[1::2], base[:1].expand(5, 300)):
         assert_like_the_cpu(emulator, x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_aligned_rows(emulator: ctypes.CDLL, dtype: torch.dtype) -> None:
+    """Whole groups are read 16 bytes at a time, and only if rows begin at multiples of 16 bytes."""
+    base = sparse(41, 1024 + 64, 0.2, dtype, seed=1)
+    for first in (0, 16 // dtype.itemsize, 1):
+        assert_like_the_cpu(emulator, base[:, first : first + 1024], seed=first)
+
+
+def test_parts_of_a_matrix_fill_one_arena(emulator: ctypes.CDLL) -> None:
+    """In any order; the canonical form does not tell."""
+    x = sparse(75, 700, 0.2, torch.bfloat16, seed=2)
+    arena = Arena(x.dtype, *x.shape)
+    for token, feature in ((40, 256), (0, 0), (40, 0), (0, 256)):
+        part = x[token : 40 if token == 0 else 75, feature : 256 if feature == 0 else 700]
+        encode_out(emulator, part, arena, first_token=token, first_column=feature // 256, seed=token)
+    for actual, plane in zip(canonical(emulator, arena, x.dtype), cpu_planes(x), strict=True):
+        np.testing.assert_array_equal(actual, plane)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("plane", ["index", "values"])
+def test_an_arena_that_is_too_small_says_how_much_was_needed(
+    emulator: ctypes.CDLL, dtype: torch.dtype, plane: str
+) -> None:
+    """Nothing is written past its end; what was needed is enough."""
+    x = sparse(30, 300, 0.2, dtype, seed=3)
+    roomy = Arena(dtype, *x.shape)
+    encode_out(emulator, x, roomy)
+    index_bytes, values_bytes = roomy.used
+    small = (index_bytes - 16, values_bytes) if plane == "index" else (index_bytes, values_bytes - 16)
+    arena = Arena(dtype, *x.shape, capacity=small)
+    encode_out(emulator, x, arena, seed=1)
+    assert arena.used == roomy.used
+    assert canonical(emulator, arena, dtype) is None
+    exact = Arena(dtype, *x.shape, capacity=roomy.used)
+    encode_out(emulator, x, exact, seed=2)
+    for actual, expected in zip(canonical(emulator, exact, dtype), cpu_planes(x), strict=True):
+        np.testing.assert_array_equal(actual, expected)
 
 
 def valid_planes(seed: int, dtype: torch.dtype) -> tuple[Planes, int]:

@@ -1,5 +1,5 @@
 // Decodes to a dense matrix [n_tokens, n_features] in one pass, a block a run, and reports the first fault through one
-// word on the device. Checked like encode.cu.
+// word on the device. Floor: the bytes written, 268 MB for 8,192 x 16,384 of bfloat16. Checked like encode.cu.
 #include "decode.cuh"
 #include "encoding.h"
 
@@ -10,7 +10,8 @@ template <typename T>
 __global__ void __launch_bounds__(kRunThreads)
     decode_kernel(cpu::Encoding encoding, uint32_t zero_mask, Matrix<T> out, FaultKey* first_fault) {
   __shared__ Shared shared;
-  decode_run(encoding, zero_mask, blockIdx.x, threadIdx.x, shared, out, first_fault);
+  __shared__ StagedRows<T> staged[kRunWarps];
+  decode_run(encoding, zero_mask, blockIdx.x, threadIdx.x, shared, staged[threadIdx.x / kWarpLanes], out, first_fault);
 }
 
 template <typename T>
@@ -18,8 +19,10 @@ void launch_decode(const cpu::Encoding& e, bool signed_zero, void* out, int64_t 
                    cudaStream_t stream) {
   const int64_t n = n_columns(e.n_features) * n_tiles(e.n_tokens);
   const T all = static_cast<T>(~T{0});
-  decode_kernel<T><<<n, kRunThreads, 0, stream>>>(
-      e, signed_zero ? all : all >> 1, {static_cast<T*>(out), row_stride, e.n_tokens, e.n_features}, first_fault);
+  const bool aligned = reinterpret_cast<uintptr_t>(out) % kUnitBytes == 0 &&
+                       row_stride * static_cast<int64_t>(sizeof(T)) % kUnitBytes == 0;
+  decode_kernel<T><<<n, kRunThreads, 0, stream>>>(e, signed_zero ? all : all >> 1,
+                                                  {static_cast<T*>(out), row_stride, aligned}, first_fault);
 }
 
 }  // namespace

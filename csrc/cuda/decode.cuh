@@ -1,12 +1,24 @@
 // Decoding one run. It trusts nothing but the shapes: every segment is known to lie in bounds before it is read.
 //
+// A warp unpacks 8 tokens at a time: four lanes share a row and put what is stored of it in staging memory, from where
+// every row leaves in 16 bytes a lane.
+//
 // Runs are checked independently: each starts where its tile_ptr says, must fit the planes, and must end where the next
 // one starts (the first at 0, the last at the planes' ends). All of them right means that the whole layout is.
 #pragma once
 
+#include "octet.cuh"
 #include "run.cuh"
 
 namespace pyfacts::cuda {
+
+// The dense matrix [n_tokens, n_features] to be written, with unit feature stride.
+template <typename T>
+struct Matrix {
+  T* data;
+  int64_t row_stride;  // elements
+  bool aligned;        // rows begin at multiples of 16 bytes
+};
 
 using FaultKey = unsigned long long;  // what atomicMin takes
 constexpr FaultKey kNoFault = ~FaultKey{0};
@@ -28,10 +40,10 @@ inline cpu::Status status_of(FaultKey key, int64_t n_tokens) {
   return {fault, place / (n_tokens + 1), token == n_tokens ? -1 : token};
 }
 
-__device__ __forceinline__ int popcount(const uint8_t* bytes, int n_bytes) {
-  int n = 0;
-  for (int i = 0; i < n_bytes; ++i) n += __popc(bytes[i]);
-  return n;
+// What is wrong with a bitmap of n bits behind a count byte: only 255 may stand for another number, 256.
+__device__ __forceinline__ Fault check_bitmap_count(int n, int count_byte, int width) {
+  if (n == count_byte || (count_byte == kCountSaturated && n == kColumnWidth)) return Fault::none;
+  return has_positions(n, width) ? Fault::bitmap_sparse : Fault::bitmap_count;
 }
 
 // Whether any thread of the block says so. All threads take part.
@@ -102,36 +114,144 @@ __device__ __forceinline__ bool locate_segments(const cpu::Encoding& e, const Ru
   return fits;
 }
 
+// One row of a group, as its four lanes see it.
+template <typename T>
+struct PackedRow {
+  int count_byte;
+  int part;  // 0 to 3: which of the four lanes
+  const uint8_t* index;
+  const T* values;
+};
+
+// Faults of a row in the order of the CPU's checks: the smallest is the one to report.
+constexpr int kNoRowFault = INT32_MAX;
+__device__ __forceinline__ int row_fault_key(int place, Fault fault) { return place << 4 | static_cast<int>(fault); }
+
+// Puts the values of a row of positions in staging memory; every fourth is this lane's. Returns the key of the first
+// fault that it saw.
+template <typename T>
+__device__ __forceinline__ int unpack_positions(const PackedRow<T>& row, int width, uint32_t zero_mask, T* staged_row,
+                                                bool* stored_zero) {
+  int key = kNoRowFault;
+  for (int k = row.part; k < row.count_byte; k += kRowLanes) {
+    const int position = row.index[k];
+    const bool beyond = position >= width;
+    const bool unordered = k > 0 && position <= row.index[k - 1];
+    if (key == kNoRowFault && (beyond || unordered)) {
+      key = row_fault_key(k, beyond ? Fault::position_range : Fault::position_order);
+    }
+    const T bits = row.values[k];
+    *stored_zero |= (bits & zero_mask) == 0;
+    staged_row[position] = bits;  // a byte is always within the row
+  }
+  return key;
+}
+
+// This lane's 64 bits of a row's bitmap.
+template <typename T>
+__device__ __forceinline__ uint64_t read_bitmap(const PackedRow<T>& row, int width) {
+  const int first = row.part * kLaneFeatures / 8;
+  const int n_left = static_cast<int>(bitmap_bytes(width)) - first;
+  uint64_t bits = 0;
+#pragma unroll
+  for (int i = 0; i < kLaneFeatures / 8; ++i) {
+    if (i < n_left) bits |= static_cast<uint64_t>(row.index[first + i]) << 8 * i;
+  }
+  return bits;
+}
+
+// Unpacks this lane's part of a row to staging memory that holds zeros; says what is wrong with the row, in all of its
+// four lanes. All lanes take part.
+template <typename T>
+__device__ __forceinline__ Fault unpack_row(const PackedRow<T>& row, int width, uint32_t zero_mask, int lane,
+                                            T* staged_row) {
+  const bool positions = has_positions(row.count_byte, width);
+  bool stored_zero = false;
+  int key = kNoRowFault;
+  uint64_t bitmap = 0;
+  if (positions) {
+    key = unpack_positions(row, width, zero_mask, staged_row, &stored_zero);
+  } else {
+    bitmap = read_bitmap(row, width);
+  }
+
+  const int n = __popcll(bitmap);
+  int n_row = n, n_before = 0;
+#pragma unroll
+  for (int other = 1; other < kRowLanes; ++other) {
+    const int n_other = __shfl_xor_sync(kAllLanes, n, other);
+    n_row += n_other;
+    if ((row.part ^ other) < row.part) n_before += n_other;
+  }
+  if (!positions) {
+    const int bits_left = width - row.part * kLaneFeatures;
+    const Fault count_fault = check_bitmap_count(n_row, row.count_byte, width);
+    if (bits_left > 0 && bits_left < kLaneFeatures && bitmap >> bits_left != 0) {
+      key = row_fault_key(0, Fault::spare_bits);
+    } else if (count_fault != Fault::none) {
+      key = row_fault_key(1, count_fault);
+    }
+  }
+#pragma unroll
+  for (int step = 1; step < kRowLanes; step *= 2) {
+    const int other = __shfl_xor_sync(kAllLanes, key, step);
+    key = other < key ? other : key;
+  }
+
+  if (key == kNoRowFault) {  // only now are the ranks of a bitmap's values known to lie within the row's
+    const T* value = row.values + n_before;
+    for (; bitmap != 0; bitmap &= bitmap - 1) {
+      const T bits = *value++;
+      stored_zero |= (bits & zero_mask) == 0;
+      staged_row[row.part * kLaneFeatures + __ffsll(static_cast<long long>(bitmap)) - 1] = bits;
+    }
+  }
+  const uint32_t lanes_zero = __ballot_sync(kAllLanes, stored_zero);
+  if (key != kNoRowFault) return static_cast<Fault>(key & 15);
+  return (lanes_zero >> (lane - row.part) & ((1u << kRowLanes) - 1)) != 0 ? Fault::stored_zero : Fault::none;
+}
+
 // Writes the run's part of the dense matrix, or lowers *first_fault. A stored x is a zero, and so a fault, iff
-// (x & zero_mask) == 0.
+// (x & zero_mask) == 0. staged: of the thread's warp.
 template <typename T>
 __device__ __forceinline__ void decode_run(const cpu::Encoding& e, uint32_t zero_mask, int64_t block, int thread,
-                                           Shared& shared, const Matrix<T>& out, FaultKey* first_fault) {
+                                           Shared& shared, StagedRows<T>& staged, const Matrix<T>& out,
+                                           FaultKey* first_fault) {
   const Run run(block, e.n_tokens, e.n_features);
   Segment mine;
   Sizes start;
   if (!locate_segments(e, run, thread, shared, &mine, &start, first_fault)) return;
 
-  const int lane = thread % kWarpLanes;
-  const int first = thread - lane;
-  T* row = out.data + (run.first_token + first) * out.row_stride + run.column * kColumnWidth;
-  for (int i = 0; i < kWarpLanes && first + i < run.n_tokens; ++i, row += out.row_stride) {
-    const int count_byte = __shfl_sync(kAllLanes, mine.count_byte, i);
-    const uint32_t before = __shfl_sync(kAllLanes, mine.before, i);
-    Fault fault;
-    const SegmentMask mask =
-        read_index(count_byte, run.width, e.index + start.index + packed_index(before), lane, &fault);
-    if (fault == Fault::none) {
-      const T* values = static_cast<const T*>(e.values) + start.values + packed_values(before);
-      for_each_feature(mask, lane, [&](int j, int rank) {
-        const T bits = rank >= 0 ? values[rank] : 0;
-        if (rank >= 0 && (bits & zero_mask) == 0) fault = Fault::stored_zero;
-        if (j < run.width) row[j] = bits;
-      });
+  const int lane = thread % kWarpLanes, row = lane / kRowLanes;
+  for (int group = 0; group < kWarpLanes / kGroupTokens; ++group) {
+    const int first = thread - lane + group * kGroupTokens;
+    if (first >= run.n_tokens) return;
+    const int source = group * kGroupTokens + row;
+    const uint32_t before = __shfl_sync(kAllLanes, mine.before, source);
+    const PackedRow<T> packed = {__shfl_sync(kAllLanes, mine.count_byte, source), lane % kRowLanes,
+                                 e.index + start.index + packed_index(before),
+                                 static_cast<const T*>(e.values) + start.values + packed_values(before)};
+#pragma unroll
+    for (int i = 0; i < kGroupTokens; ++i) store_octet(&staged.row[i][kOctet * lane], Octet<T>{});
+    __syncwarp();
+    const Fault fault = unpack_row(packed, run.width, zero_mask, lane, staged.row[row]);
+    if (fault != Fault::none && packed.part == 0) {
+      atomicMin(first_fault, fault_key(true, run.column, run.first_token + first + row, e.n_tokens, fault));
     }
-    if (fault != Fault::none) {
-      atomicMin(first_fault, fault_key(true, run.column, run.first_token + first + i, e.n_tokens, fault));
+    __syncwarp();
+    T* const to = out.data + (run.first_token + first) * out.row_stride + run.column * kColumnWidth + kOctet * lane;
+    const int n_left = run.width - kOctet * lane;
+#pragma unroll
+    for (int i = 0; i < kGroupTokens; ++i) {
+      const Octet<T> octet = load_octet(&staged.row[i][kOctet * lane]);
+      if (first + i >= run.n_tokens) continue;
+      if (out.aligned && n_left >= kOctet) {
+        store_octet(to + i * out.row_stride, octet);
+      } else {
+        store_ragged(to + i * out.row_stride, octet, n_left);
+      }
     }
+    __syncwarp();
   }
 }
 

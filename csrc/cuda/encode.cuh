@@ -1,60 +1,88 @@
-// The two passes of encode over one run.
+// encode: one warp a group of 8 tokens of a column; the groups of a block follow each other and are placed together, as
+// so many additions to one cursor would be felt.
 #pragma once
 
-#include "run.cuh"
+#include "pack.cuh"
 
 namespace pyfacts::cuda {
 
-// First pass: reads x once and leaves a bit per element. Writes counts [n_columns, n_tokens], masks [n_columns,
-// n_tokens] and the run's sizes [n_columns, n_tiles].
+// Groups whose staging memory is about 35 KiB: six blocks share a Hopper multiprocessor.
 template <typename T>
-__device__ __forceinline__ void count_run(const Matrix<const T>& x, const Predicate& predicate, int64_t block,
-                                          int thread, Shared& shared, uint8_t* counts, SegmentMask* masks,
-                                          Sizes* sizes) {
-  const Run run(block, x.n_tokens, x.n_features);
-  const int lane = thread % kWarpLanes;
-  const int first = thread - lane;
-  const T* row = x.data + (run.first_token + first) * x.row_stride + run.column * kColumnWidth;
-  SegmentMask mine = {};
-  for (int i = 0; i < kWarpLanes && first + i < run.n_tokens; ++i, row += x.row_stride) {
-    const SegmentMask mask = find_stored(row, run.width, predicate, lane);
-    if (lane == i) mine = mask;
+constexpr int kBlockGroups = 8 / static_cast<int>(sizeof(T));
+
+template <typename T>
+struct BlockShared {
+  Staging<T> staging[kBlockGroups<T>];
+  uint64_t units[kBlockGroups<T>];  // of the groups, then where they start
+};
+
+// The part of the arena's matrix that is at hand, T being uint32_t or uint16_t: the bits of an element.
+template <typename T>
+struct Part {
+  const T* data;       // [n_tokens, n_features] with unit feature stride
+  int64_t row_stride;  // elements
+  int64_t n_tokens;
+  int64_t n_features;
+  int64_t first_token;   // in the arena's matrix; a multiple of 8
+  int64_t first_column;  // likewise
+  bool aligned;          // rows begin at multiples of 16 bytes
+
+  int64_t n_blocks() const { return n_columns(n_features) * ceil_div(n_groups(n_tokens), kBlockGroups<T>); }
+};
+
+// `place` for the groups of a block.
+template <typename T>
+__device__ __forceinline__ uint64_t place_block(unsigned long long* cursor, uint64_t units, int thread,
+                                                BlockShared<T>& shared) {
+  const int warp = thread / kWarpLanes;
+  if (thread % kWarpLanes == 0) shared.units[warp] = units;
+  __syncthreads();
+  if (thread == 0) {
+    unsigned long long sum = 0;
+    for (int i = 0; i < kBlockGroups<T>; ++i) sum += shared.units[i];
+    unsigned long long start = atomicAdd(cursor, sum);
+    for (int i = 0; i < kBlockGroups<T>; ++i) {
+      const uint64_t mine = shared.units[i];
+      shared.units[i] = start;
+      start += mine;
+    }
   }
-  const int n = count_stored(mine);  // 0 beyond the last token
-  if (thread < run.n_tokens) {
-    const int64_t segment = run.column * x.n_tokens + run.first_token + thread;
-    counts[segment] = static_cast<uint8_t>(n < kCountSaturated ? n : kCountSaturated);
-    masks[segment] = mine;
-  }
-  uint32_t total;
-  exclusive_sum(pack_sizes(index_bytes(n, run.width), n), thread, shared, &total);
-  if (thread == 0) sizes[run.number] = {packed_index(total), packed_values(total)};
+  __syncthreads();
+  return shared.units[warp];
 }
 
-// Second pass: reads the stored values of x and puts them, and where they are, in their places. starts [n_columns,
-// n_tiles] is the exclusive sum of the sizes; writes index, values and tile_ptr.
+// Blocks in flight together read whole rows: their number runs along the columns first.
 template <typename T>
-__device__ __forceinline__ void pack_run(const Matrix<const T>& x, const SegmentMask* masks, const Sizes* starts,
-                                         int64_t block, int thread, Shared& shared, uint8_t* index, T* values,
-                                         Sizes* tile_ptr) {
-  const Run run(block, x.n_tokens, x.n_features);
-  const int lane = thread % kWarpLanes;
-  const int first = thread - lane;
-  SegmentMask mine = {};
-  if (thread < run.n_tokens) mine = masks[run.column * x.n_tokens + run.first_token + thread];
-  const int n = count_stored(mine);
-  uint32_t total;
-  const uint32_t before = exclusive_sum(pack_sizes(index_bytes(n, run.width), n), thread, shared, &total);
-  const Sizes start = starts[run.number];
-  if (thread == 0) tile_ptr[run.number] = start;
-
-  const T* row = x.data + (run.first_token + first) * x.row_stride + run.column * kColumnWidth;
-  for (int i = 0; i < kWarpLanes && first + i < run.n_tokens; ++i, row += x.row_stride) {
-    const SegmentMask mask = broadcast(mine, i);
-    const uint32_t at = __shfl_sync(kAllLanes, before, i);
-    write_index(mask, count_stored(mask), run.width, lane, index + start.index + packed_index(at));
-    write_values(mask, row, lane, values + start.values + packed_values(at));
+__device__ __forceinline__ void encode_groups(const Part<T>& x, const Stored& stored, const Arena& out, int64_t block,
+                                              int thread, BlockShared<T>& shared) {
+  const int warp = thread / kWarpLanes, lane = thread % kWarpLanes;
+  const int64_t columns = n_columns(x.n_features);
+  const int64_t column = block % columns;
+  const int64_t token = (block / columns * kBlockGroups<T> + warp) * kGroupTokens;
+  const auto place = [&](uint64_t units) { return place_block(out.cursor, units, thread, shared); };
+  const int64_t tokens_left = x.n_tokens - token;
+  if (tokens_left <= 0) {
+    place(0);
+    return;
   }
+  const int n_tokens = static_cast<int>(tokens_left < kGroupTokens ? tokens_left : kGroupTokens);
+  const int width = static_cast<int>(column_width(x.n_features, column));
+  const T* const mine = x.data + token * x.row_stride + column * kColumnWidth + kOctet * lane;
+  Octet<T> octets[kGroupTokens];
+  if (n_tokens == kGroupTokens && width == kColumnWidth && x.aligned) {
+#pragma unroll
+    for (int i = 0; i < kGroupTokens; ++i) octets[i] = load_octet(mine + i * x.row_stride);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kGroupTokens; ++i) {
+      octets[i] = load_ragged(mine + i * x.row_stride, i < n_tokens ? width - kOctet * lane : 0);
+    }
+  }
+  Staging<T>& staging = shared.staging[warp];
+#pragma unroll
+  for (int i = 0; i < kGroupTokens; ++i) store_octet(&staging.rows.row[i][kOctet * lane], octets[i]);
+  pack_group(out, x.first_column + column, x.first_token + token, n_tokens, width, lane, stored, octets, staging,
+             place);
 }
 
 }  // namespace pyfacts::cuda

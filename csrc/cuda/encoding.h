@@ -1,5 +1,5 @@
 // The CUDA interface to the encoding: what ops_cuda.cpp calls. All pointers are on the device unless said otherwise,
-// and all work goes to `stream`; a cudaError_t is the launch's.
+// and all work goes to `stream`; a cudaError_t is the launch's. Nothing waits for the device but decode().
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -7,7 +7,7 @@
 #include <cstdint>
 
 #include "../cpu/encoding.h"
-#include "../format.h"
+#include "arena.h"
 
 namespace pyfacts::cuda {
 
@@ -20,16 +20,20 @@ struct Rows {
   int64_t n_features;
 };
 
-// Bytes of scratch memory, 16-byte aligned, that carries an encoding from count() to pack(): about one bit an element.
-cudaError_t scratch_bytes(const Rows& rows, int64_t* n_bytes);
+// Packs x, the part of the arena's matrix that begins at first_token (a multiple of 8) and first_column, behind what
+// the cursor has placed so far. Whoever begins an arena sets the cursor to zero.
+cudaError_t encode_out(const Rows& x, double min_abs, bool signed_zero, const Arena& out, int64_t first_token,
+                       int64_t first_column, cudaStream_t stream);
 
-// First half of encode: writes counts [n_columns, n_tokens], and to the host how large the other planes are, for which
-// it waits.
-cudaError_t count(const Rows& rows, cpu::Keep keep, uint8_t* counts, void* scratch, int64_t* index_bytes,
-                  int64_t* n_values, cudaStream_t stream);
+// From the device form to the canonical one, first half: writes tile_ptr [n_columns, n_tiles, 2] and the planes' sizes
+// [2] (index bytes, values), or sizes of -1 for an arena that overflowed.
+cudaError_t canonical_scratch_bytes(int64_t n_tokens, int64_t n_features, int64_t* n_bytes);
+cudaError_t canonical_starts(const Arena& arena, int64_t* tile_ptr, int64_t* sizes, void* scratch, cudaStream_t stream);
 
-// Second half: writes index, values and tile_ptr.
-cudaError_t pack(const Rows& rows, const void* scratch, const cpu::Planes& out, cudaStream_t stream);
+// Second half: copies the groups to where tile_ptr says. Writes nothing if the arena overflowed or the planes, with
+// given capacities (bytes of index, number of values), cannot hold it.
+cudaError_t canonical_copy(const Arena& arena, const int64_t* tile_ptr, const int64_t* sizes, uint8_t* index,
+                           int64_t index_capacity, void* values, int64_t values_capacity, cudaStream_t stream);
 
 // Writes the dense matrix with `row_stride` elements between rows, checks all that cpu::check() checks, and waits for
 // the verdict. `scratch` holds 8 bytes, aligned.

@@ -1,10 +1,18 @@
-// What one block does with one run: a tile of 128 tokens of one column. Thread t keeps the books of token t; warp w
-// packs or unpacks the tokens 32 w ... 32 w + 31, one segment after another.
+// What one block does with one run: a tile of 128 tokens of one column. Thread t keeps the books of token t.
+//
+// Like all of the .cuh files but those of the matrix product, this is CUDA without the toolkit's headers:
+// tests/cuda_emulation compiles it as host C++, lane by lane.
 #pragma once
 
-#include "segment.cuh"
+#include <cstdint>
+
+#include "../cpu/encoding.h"
+#include "../format.h"
+#include "warp.cuh"
 
 namespace pyfacts::cuda {
+
+using cpu::Fault;
 
 constexpr int kRunThreads = kTileTokens;
 constexpr int kRunWarps = kRunThreads / kWarpLanes;
@@ -13,15 +21,6 @@ constexpr int kRunWarps = kRunThreads / kWarpLanes;
 struct Sizes {
   int64_t index;
   int64_t values;
-};
-
-// A dense matrix [n_tokens, n_features] with unit feature stride. T is uint32_t or uint16_t: the bits of an element.
-template <typename T>
-struct Matrix {
-  T* data;
-  int64_t row_stride;  // elements
-  int64_t n_tokens;
-  int64_t n_features;
 };
 
 // The run of block `block`, for a grid of n_columns * n_tiles. Blocks in flight together read whole rows.
@@ -51,14 +50,10 @@ struct Shared {
 // The sum of `value` over the threads before this one; *total gets the sum over the block. All threads take part.
 __device__ __forceinline__ uint32_t exclusive_sum(uint32_t value, int thread, Shared& shared, uint32_t* total) {
   const int lane = thread % kWarpLanes;
-  uint32_t sum = value;
-#pragma unroll
-  for (int step = 1; step < kWarpLanes; step *= 2) {
-    const uint32_t below = __shfl_up_sync(kAllLanes, sum, step);
-    if (lane >= step) sum += below;
-  }
+  uint32_t warp_total;
+  const uint32_t before_in_warp = exclusive_warp_sum(value, lane, &warp_total);
   __syncthreads();  // the readers of an earlier sum are done
-  if (lane == kWarpLanes - 1) shared.warp_totals[thread / kWarpLanes] = sum;
+  if (lane == 0) shared.warp_totals[thread / kWarpLanes] = warp_total;
   __syncthreads();
   uint32_t before = 0;
   *total = 0;
@@ -67,7 +62,7 @@ __device__ __forceinline__ uint32_t exclusive_sum(uint32_t value, int thread, Sh
     if (warp < thread / kWarpLanes) before += shared.warp_totals[warp];
     *total += shared.warp_totals[warp];
   }
-  return before + sum - value;
+  return before + before_in_warp;
 }
 
 // A segment's sizes in one word, so that one sum serves both: a run has at most 2^12 bytes of index and 2^15 values.
@@ -76,5 +71,12 @@ __device__ __forceinline__ uint32_t pack_sizes(int64_t index, int64_t values) {
 }
 __device__ __forceinline__ int64_t packed_index(uint32_t sizes) { return sizes >> 16; }
 __device__ __forceinline__ int64_t packed_values(uint32_t sizes) { return sizes & 0xffff; }
+
+// The set bits of a bitmap.
+__device__ __forceinline__ int popcount(const uint8_t* bytes, int n_bytes) {
+  int n = 0;
+  for (int i = 0; i < n_bytes; ++i) n += __popc(bytes[i]);
+  return n;
+}
 
 }  // namespace pyfacts::cuda

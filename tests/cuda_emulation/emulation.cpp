@@ -1,12 +1,15 @@
-// The CUDA encode and decode on the host, for tests/test_cuda_emulation.py: what encode.cu and decode.cu launch, block
-// by block. Buffers that kernels read or write end at an unmapped page, so that no access beyond them goes unnoticed.
+// The CUDA kernels on the host, for tests/test_cuda_emulation.py: what encode.cu, canonical.cu and decode.cu launch,
+// block by block. Buffers that kernels read or write end at an unmapped page, so that no access beyond them goes
+// unnoticed.
 #include "lanes.h"
 // The device code wants the above.
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "../../csrc/cuda/canonical.cuh"
 #include "../../csrc/cuda/decode.cuh"
 #include "../../csrc/cuda/encode.cuh"
+#include "../../csrc/predicate.h"
 
 using namespace pyfacts;
 using namespace pyfacts::cuda;
@@ -53,16 +56,16 @@ class Guarded {
 };
 
 // body(block, thread, shared) for every thread of every block, blocks in a shuffled order.
-template <typename Body>
-void launch(int64_t n_blocks, uint32_t seed, Body body) {
+template <typename Memory, typename Body>
+void launch(int64_t n_blocks, int n_threads, uint32_t seed, Body body) {
   std::vector<int64_t> blocks(n_blocks);
   std::iota(blocks.begin(), blocks.end(), 0);
   std::shuffle(blocks.begin(), blocks.end(), std::mt19937(seed));
-  emulation::Block block(kRunThreads, seed);
+  emulation::Block block(n_threads, seed);
+  const auto shared = std::make_unique<Memory>();
   for (int64_t number : blocks) {
-    Shared shared;
-    std::memset(&shared, kPoison, sizeof(shared));
-    block.run([&](int thread) { body(number, thread, shared); });
+    std::memset(static_cast<void*>(shared.get()), kPoison, sizeof(Memory));
+    block.run([&](int thread) { body(number, thread, *shared); });
   }
 }
 
@@ -72,46 +75,96 @@ int64_t extent(int64_t n_tokens, int64_t row_stride, int64_t n_features) {
   return n_tokens > 0 && n_features > 0 ? (n_tokens - 1) * row_stride + n_features : 0;
 }
 
-template <typename T>
-void count(const T* x, int64_t row_stride, int64_t n_tokens, int64_t n_features, Predicate predicate, uint8_t* counts,
-           SegmentMask* masks, Sizes* starts, uint32_t seed) {
-  const int64_t n_segments = n_columns(n_features) * n_tokens;
-  const int64_t n = n_runs(n_tokens, n_features);
-  Guarded<const T> rows(x, extent(n_tokens, row_stride, n_features));
-  Guarded<uint8_t> guarded_counts(counts, n_segments);
-  Guarded<SegmentMask> guarded_masks(masks, n_segments);
-  Guarded<Sizes> sizes(starts, n);
-  launch(n, seed, [&](int64_t block, int thread, Shared& shared) {
-    count_run<T>({rows.data(), row_stride, n_tokens, n_features}, predicate, block, thread, shared,
-                 guarded_counts.data(), guarded_masks.data(), sizes.data());
-  });
-  guarded_counts.copy_back();
-  guarded_masks.copy_back();
-  Sizes sum = {0, 0};  // what CUB's scan does on the device
-  for (int64_t run = 0; run <= n; ++run) {
-    starts[run] = sum;
-    if (run < n) sum = {sum.index + sizes.data()[run].index, sum.values + sizes.data()[run].values};
+// An arena over arrays, guarded.
+class GuardedArena {
+ public:
+  explicit GuardedArena(const Arena& a)
+      : counts_(a.counts, n_columns(a.n_features) * a.n_tokens),
+        index_(a.index, a.index_capacity),
+        values_(a.values, a.values_capacity),
+        group_ptr_(a.group_ptr, n_columns(a.n_features) * n_groups(a.n_tokens)),
+        cursor_(a.cursor, 1),
+        arena_(a) {
+    arena_.counts = counts_.data();
+    arena_.index = index_.data();
+    arena_.values = values_.data();
+    arena_.group_ptr = group_ptr_.data();
+    arena_.cursor = cursor_.data();
   }
+  const Arena& get() const { return arena_; }
+  void copy_back() {
+    counts_.copy_back();
+    index_.copy_back();
+    values_.copy_back();
+    group_ptr_.copy_back();
+    cursor_.copy_back();
+  }
+
+ private:
+  Guarded<uint8_t> counts_;
+  Guarded<uint8_t> index_;
+  Guarded<uint8_t> values_;
+  Guarded<uint64_t> group_ptr_;
+  Guarded<unsigned long long> cursor_;
+  Arena arena_;
+};
+
+template <typename T>
+void encode(const T* x, int64_t row_stride, int64_t n_tokens, int64_t n_features, Stored stored, const Arena& out,
+            int64_t first_token, int64_t first_column, uint32_t seed) {
+  Guarded<const T> rows(x, extent(n_tokens, row_stride, n_features));
+  GuardedArena arena(out);
+  const bool aligned = reinterpret_cast<uintptr_t>(rows.data()) % kUnitBytes == 0 &&
+                       row_stride * static_cast<int64_t>(sizeof(T)) % kUnitBytes == 0;
+  const Part<T> part = {rows.data(), row_stride, n_tokens, n_features, first_token, first_column, aligned};
+  launch<BlockShared<T>>(part.n_blocks(), kBlockGroups<T> * kWarpLanes, seed,
+                         [&](int64_t block, int thread, BlockShared<T>& shared) {
+                           encode_groups<T>(part, stored, arena.get(), block, thread, shared);
+                         });
+  arena.copy_back();
+}
+
+// tile_ptr has one entry more than there are runs; returns the planes' sizes.
+Sizes canonical_starts(const Arena& original, Sizes* tile_ptr, uint32_t seed) {
+  GuardedArena arena(original);
+  const int64_t n = n_runs(original.n_tokens, original.n_features);
+  std::vector<Sizes> sizes(n);
+  launch<Shared>(n, kRunThreads, seed, [&](int64_t block, int thread, Shared& shared) {
+    measure_run(arena.get(), block, thread, shared, sizes.data());
+  });
+  Sizes sum = {0, 0};  // what CUB's scan does on the device
+  for (int64_t run = 0; run < n; ++run) {
+    tile_ptr[run] = sum;
+    sum = {sum.index + sizes[run].index, sum.values + sizes[run].values};
+  }
+  return n == 0 ? sum : plane_sizes(arena.get(), sizes.data(), tile_ptr, n);
+}
+
+struct CopyShared {
+  Shared run;
+  uint32_t groups_before[kRunGroups + 1];
+};
+
+template <typename T>
+void canonical_copy(const Arena& original, const Sizes* tile_ptr, Sizes total, uint8_t* index, T* values,
+                    uint32_t seed) {
+  GuardedArena arena(original);
+  Guarded<uint8_t> guarded_index(index, total.index);
+  Guarded<T> guarded_values(values, total.values);
+  launch<CopyShared>(n_runs(original.n_tokens, original.n_features), kRunThreads, seed,
+                     [&](int64_t block, int thread, CopyShared& shared) {
+                       copy_run(arena.get(), tile_ptr, block, thread, shared.run, shared.groups_before,
+                                guarded_index.data(), guarded_values.data());
+                     });
+  guarded_index.copy_back();
+  guarded_values.copy_back();
 }
 
 template <typename T>
-void pack(const T* x, int64_t row_stride, int64_t n_tokens, int64_t n_features, SegmentMask* masks, Sizes* starts,
-          uint8_t* index, T* values, Sizes* tile_ptr, uint32_t seed) {
-  const int64_t n = n_runs(n_tokens, n_features);
-  Guarded<const T> rows(x, extent(n_tokens, row_stride, n_features));
-  Guarded<SegmentMask> guarded_masks(masks, n_columns(n_features) * n_tokens);
-  Guarded<Sizes> guarded_starts(starts, n);
-  Guarded<uint8_t> guarded_index(index, starts[n].index);
-  Guarded<T> guarded_values(values, starts[n].values);
-  Guarded<Sizes> guarded_tile_ptr(tile_ptr, n);
-  launch(n, seed, [&](int64_t block, int thread, Shared& shared) {
-    pack_run<T>({rows.data(), row_stride, n_tokens, n_features}, guarded_masks.data(), guarded_starts.data(), block,
-                thread, shared, guarded_index.data(), guarded_values.data(), guarded_tile_ptr.data());
-  });
-  guarded_index.copy_back();
-  guarded_values.copy_back();
-  guarded_tile_ptr.copy_back();
-}
+struct DecodeShared {
+  Shared run;
+  StagedRows<T> staged[kRunWarps];
+};
 
 template <typename T>
 FaultKey decode(const cpu::Encoding& original, uint32_t zero_mask, T* out, uint32_t seed) {
@@ -127,9 +180,11 @@ FaultKey decode(const cpu::Encoding& original, uint32_t zero_mask, T* out, uint3
   e.values = values.data();
   e.tile_ptr = tile_ptr.data();
   FaultKey first_fault = kNoFault;
-  launch(n, seed, [&](int64_t block, int thread, Shared& shared) {
-    decode_run<T>(e, zero_mask, block, thread, shared, {dense.data(), e.n_features, e.n_tokens, e.n_features},
-                  &first_fault);
+  const bool aligned = reinterpret_cast<uintptr_t>(dense.data()) % kUnitBytes == 0 &&
+                       e.n_features * static_cast<int64_t>(sizeof(T)) % kUnitBytes == 0;
+  launch<DecodeShared<T>>(n, kRunThreads, seed, [&](int64_t block, int thread, DecodeShared<T>& shared) {
+    decode_run<T>(e, zero_mask, block, thread, shared.run, shared.staged[thread / kWarpLanes],
+                  {dense.data(), e.n_features, aligned}, &first_fault);
   });
   dense.copy_back();
   return first_fault;
@@ -139,23 +194,23 @@ FaultKey decode(const cpu::Encoding& original, uint32_t zero_mask, T* out, uint3
 
 extern "C" {
 
-// starts [n_runs + 1] receives the totals last.
-void emulated_count(int dtype, const void* x, int64_t row_stride, int64_t n_tokens, int64_t n_features, double min_abs,
-                    bool signed_zero, uint8_t* counts, SegmentMask* masks, Sizes* starts, uint32_t seed) {
-  const Predicate predicate = make_predicate(static_cast<DType>(dtype), min_abs, signed_zero);
+void emulated_encode(int dtype, const void* x, int64_t row_stride, int64_t n_tokens, int64_t n_features, double min_abs,
+                     bool signed_zero, const Arena* out, int64_t first_token, int64_t first_column, uint32_t seed) {
+  const Stored stored = {make_predicate(static_cast<DType>(dtype), min_abs, false).floor, signed_zero};
   const auto run = [&](auto* rows) {
-    count(rows, row_stride, n_tokens, n_features, predicate, counts, masks, starts, seed);
+    encode(rows, row_stride, n_tokens, n_features, stored, *out, first_token, first_column, seed);
   };
   dtype == 0 ? run(static_cast<const uint32_t*>(x)) : run(static_cast<const uint16_t*>(x));
 }
 
-void emulated_pack(int dtype, const void* x, int64_t row_stride, int64_t n_tokens, int64_t n_features,
-                   SegmentMask* masks, Sizes* starts, uint8_t* index, void* values, Sizes* tile_ptr, uint32_t seed) {
-  const auto run = [&](auto* rows, auto* out) {
-    pack(rows, row_stride, n_tokens, n_features, masks, starts, index, out, tile_ptr, seed);
-  };
-  dtype == 0 ? run(static_cast<const uint32_t*>(x), static_cast<uint32_t*>(values))
-             : run(static_cast<const uint16_t*>(x), static_cast<uint16_t*>(values));
+void emulated_canonical_starts(const Arena* arena, Sizes* tile_ptr, Sizes* total, uint32_t seed) {
+  *total = canonical_starts(*arena, tile_ptr, seed);
+}
+
+void emulated_canonical_copy(const Arena* arena, const Sizes* tile_ptr, const Sizes* total, uint8_t* index,
+                             void* values, uint32_t seed) {
+  const auto run = [&](auto* out) { canonical_copy(*arena, tile_ptr, *total, index, out, seed); };
+  arena->dtype == DType::float32 ? run(static_cast<uint32_t*>(values)) : run(static_cast<uint16_t*>(values));
 }
 
 // message: empty, or what check_status says of the fault.

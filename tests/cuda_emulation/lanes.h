@@ -38,10 +38,10 @@ constexpr size_t kStackBytes = 64 * 1024;
 
 // What a thread waits for: a place in the code, and what it brought.
 struct Collective {
-  enum Kind { none, ballot, shuffle, shuffle_up, reduce_or, barrier } kind = none;
+  enum Kind { none, ballot, shuffle, shuffle_up, shuffle_xor, reduce_or, reduce_add, sync_warp, barrier } kind = none;
   const char* file = "";
   int line = 0;
-  uint32_t value = 0;
+  uint64_t value = 0;
 };
 
 class Block {
@@ -70,7 +70,7 @@ class Block {
   }
 
   // Called by a fiber: waits for the others, returns what they all posted.
-  static const std::vector<uint32_t>& wait(Collective at) {
+  static const std::vector<uint64_t>& wait(Collective at) {
     Block& block = *current_;
     const int self = block.running_;
     block.threads_[self].at = at;
@@ -86,7 +86,7 @@ class Block {
     bool started = false;
     bool done = false;
     Collective at;
-    std::vector<uint32_t> values;  // of a warp's lanes at their last collective; kept by lane 0
+    std::vector<uint64_t> values;  // of a warp's lanes at their last collective; kept by lane 0
   };
 
   static void enter() {
@@ -139,7 +139,7 @@ class Block {
     }
   }
 
-  void take(int begin, int end, std::vector<uint32_t>* values) {
+  void take(int begin, int end, std::vector<uint64_t>* values) {
     values->clear();
     for (int i = begin; i < end; ++i) {
       values->push_back(threads_[i].at.value);
@@ -150,13 +150,13 @@ class Block {
   static inline Block* current_ = nullptr;
   std::mt19937 random_;
   std::vector<Thread> threads_;
-  std::vector<uint32_t> block_values_;
+  std::vector<uint64_t> block_values_;
   std::function<void(int)> body_;
   jmp_buf scheduler_;
   int running_ = 0;
 };
 
-inline const std::vector<uint32_t>& collective(Collective::Kind kind, uint32_t mask, uint32_t value,
+inline const std::vector<uint64_t>& collective(Collective::Kind kind, uint32_t mask, uint64_t value,
                                                std::source_location site) {
   if (mask != 0xffffffff) fail("only whole warps are emulated", static_cast<int>(site.line()), 0);
   return Block::wait({kind, site.file_name(), static_cast<int>(site.line()), value});
@@ -170,30 +170,49 @@ using emulation::Collective;
 using Site = std::source_location;
 
 inline int __popc(uint32_t x) { return std::popcount(x); }
+inline int __popcll(uint64_t x) { return std::popcount(x); }
+inline int __ffs(int x) { return x == 0 ? 0 : std::countr_zero(static_cast<uint32_t>(x)) + 1; }
+
+inline int __ffsll(long long x) { return x == 0 ? 0 : std::countr_zero(static_cast<uint64_t>(x)) + 1; }
 
 inline uint32_t __ballot_sync(uint32_t mask, int flag, Site site = Site::current()) {
   uint32_t result = 0;
   const auto& values = emulation::collective(Collective::ballot, mask, flag != 0, site);
-  for (int lane = 0; lane < emulation::kLanes; ++lane) result |= values[lane] << lane;
+  for (int lane = 0; lane < emulation::kLanes; ++lane) result |= static_cast<uint32_t>(values[lane]) << lane;
   return result;
 }
 
 inline uint32_t __reduce_or_sync(uint32_t mask, uint32_t value, Site site = Site::current()) {
   const auto& values = emulation::collective(Collective::reduce_or, mask, value, site);
-  return std::accumulate(values.begin(), values.end(), 0u, std::bit_or<>());
+  return static_cast<uint32_t>(std::accumulate(values.begin(), values.end(), uint64_t{0}, std::bit_or<>()));
+}
+
+inline uint32_t __reduce_add_sync(uint32_t mask, uint32_t value, Site site = Site::current()) {
+  const auto& values = emulation::collective(Collective::reduce_add, mask, value, site);
+  return static_cast<uint32_t>(std::accumulate(values.begin(), values.end(), uint64_t{0}));
 }
 
 template <typename T>
 T __shfl_sync(uint32_t mask, T value, int source, Site site = Site::current()) {
-  const auto& values = emulation::collective(Collective::shuffle, mask, static_cast<uint32_t>(value), site);
+  const auto& values = emulation::collective(Collective::shuffle, mask, static_cast<uint64_t>(value), site);
   return static_cast<T>(values[source % emulation::kLanes]);
 }
 
 template <typename T>
 T __shfl_up_sync(uint32_t mask, T value, unsigned delta, Site site = Site::current()) {
-  const auto& values = emulation::collective(Collective::shuffle_up, mask, static_cast<uint32_t>(value), site);
+  const auto& values = emulation::collective(Collective::shuffle_up, mask, static_cast<uint64_t>(value), site);
   const int lane = emulation::Block::lane();
   return static_cast<T>(values[lane >= static_cast<int>(delta) ? lane - delta : lane]);
+}
+
+template <typename T>
+T __shfl_xor_sync(uint32_t mask, T value, int other, Site site = Site::current()) {
+  const auto& values = emulation::collective(Collective::shuffle_xor, mask, static_cast<uint64_t>(value), site);
+  return static_cast<T>(values[emulation::Block::lane() ^ other]);
+}
+
+inline void __syncwarp(Site site = Site::current()) {
+  emulation::collective(Collective::sync_warp, 0xffffffff, 0, site);
 }
 
 inline void __syncthreads(Site site = Site::current()) {
@@ -209,5 +228,12 @@ template <typename T>
 T atomicMin(T* address, T value) {
   const T old = *address;
   *address = std::min(old, value);
+  return old;
+}
+
+template <typename T>
+T atomicAdd(T* address, T value) {
+  const T old = *address;
+  *address += value;
   return old;
 }
