@@ -20,7 +20,8 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 	$(BIN)/pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@
 
-# The CUDA kernels too; needs nvcc, but neither a GPU nor a torch for one. Spilt registers are an error.
+# The CUDA kernels too; needs nvcc, but neither a GPU nor a torch for one. What ptxas says of spilt registers and of
+# matrix instructions that it had to serialise is an error.
 cuda: setup
 	@test -n "$(NVCC)" || { echo "make cuda needs nvcc: put it on PATH, or give NVCC=/path/to/nvcc"; exit 1; }
 	@mkdir -p build
@@ -41,21 +42,23 @@ test-slow: setup
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'tests/*.cpp' 'tests/*.h')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h')
 
 format: setup
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'tests/*.cpp' 'tests/*.h')
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h')
 
 bench: setup
 	$(BIN)/python bench/run.py
 
-# On a machine with a GPU, with that machine's own Python and torch; gpu-wheels fetches what it may lack.
+# With this machine's own Python and torch. Packages that it lacks travel in third_party/wheels.
 gpu-check:
 	$(PYTHON) bench/gpu_check.py
 
+GPU_PYTHON ?= 3.12
 gpu-wheels:
-	$(PYTHON) bench/gpu_check.py --fetch-wheels
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) \
+	  --dest third_party/wheels $$(grep -hE '^(xxhash|zstandard|pytest-benchmark)==' requirements-dev.txt)
 
 clean:
 	rm -rf build $(VENV)

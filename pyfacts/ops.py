@@ -23,7 +23,7 @@ _library.load()
 
 COLUMN_WIDTH = 256
 TILE_TOKENS = 128
-GROUP_TOKENS = 16
+GROUP_TOKENS = 8
 
 Planes = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -104,7 +104,7 @@ def to_csr(planes: Planes, n_features: int) -> tuple[Tensor, Tensor, Tensor]:
 class Arena:
     """Buffers for the device form of a matrix [n_tokens, n_features], which kernels write without knowing its size.
 
-    With G = ceil(n_tokens / 16) groups of tokens (csrc/cuda/arena.h says what each holds):
+    With G = ceil(n_tokens / 8) groups of tokens (csrc/cuda/arena.h says what each holds):
 
     Attributes:
         counts: uint8 [C, n_tokens].
@@ -154,8 +154,8 @@ def encode_out(
     """Packs x, a part of the matrix, without waiting for the GPU.
 
     Args:
-        x: rows from `first_token` on, a multiple of 16, and features from column `first_column` on; it ends at a
-            multiple of 16 and of 256, or with the matrix. Every part is packed once, in any order.
+        x: rows from `first_token` on, a multiple of 8, and features from column `first_column` on; it ends at a
+            multiple of 8 and of 256, or with the matrix. Every part is packed once, in any order.
         arena: where to. What does not fit is left out, and `canonicalise` complains.
         min_abs, signed_zero: see `pyfacts.encode`.
         first_token, first_column: x's place.

@@ -10,7 +10,7 @@ import random
 import torch
 from torch import Tensor
 
-GROUP, TILE, WIDTH, UNIT = 16, 128, 256, 16
+GROUP, TILE, WIDTH, UNIT = 8, 128, 256, 16
 
 _order = random.Random(0)
 
