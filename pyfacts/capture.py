@@ -36,6 +36,10 @@ class capture:
     the attention mask keeps (all, if the model is given none). With gradient checkpointing only the first computation
     counts. A model that was compiled runs eagerly inside the context.
 
+    What is captured stays on the device where it was computed, packed; `cache[name].cpu()` moves it. On a GPU, without
+    `select` and `saes`, a hook waits for none but the work before the hook two earlier, a forward for its last at its
+    end; up to three layers' neurons lie in buffers of their dense size meanwhile.
+
     Args:
         model: a Hugging Face, TransformerLens or plain model.
         names_filter: None for every MLP's neurons; a name or a list of names from `pyfacts.hook_points(model)`, or

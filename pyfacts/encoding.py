@@ -21,7 +21,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class EncodedActivations:
     """A matrix of activations [n_tokens, n_features], packed; every stored value exact.
 
-    Made by `pyfacts.encode`, `pyfacts.linear_relu_encode`, `pyfacts.capture` and dumps. With C = ceil(n_features / 256)
+    Made by `pyfacts.encode`, `pyfacts.linear_relu_encode`, `pyfacts.capture` and dumps. On a GPU, slicing, `cat`,
+    `neuron` and `to_csr` run on the CPU: the planes travel there and the result back. With C = ceil(n_features / 256)
     columns and R = ceil(n_tokens / 128) tiles (FORMAT.md draws the bytes):
 
     Attributes:
@@ -184,7 +185,9 @@ def encode(x: Tensor, min_abs: float = 0.0, signed_zero: bool = False) -> Encode
     """Packs a matrix of activations: every value that is not zero, and every NaN, bit for bit.
 
     Args:
-        x: float32, bfloat16 or float16 [n_tokens, n_features], of any strides, on the CPU.
+        x: float32, bfloat16 or float16 [n_tokens, n_features], of any strides, on the CPU or, if pyfacts was built with
+            its CUDA kernels, on an NVIDIA GPU. There it takes buffers as large as x while it packs, and waits for the
+            GPU once, for the sizes.
         min_abs: store a value only if |x| > min_abs or it is NaN. Above 0 this is lossy: `dropped_share` of the result
             says how much of the squared norm went.
         signed_zero: store -0.0 too, so that decoding gives x back in every bit; otherwise -0.0 comes back as +0.0.

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from .attach import SparseAutoencoder, encode_latents
-from .encoding import DTYPES, encode
+from .drain import Packed
+from .encoding import DTYPES
 from .models import HookPoint, unwrap
 from .select import Select
 from .tokens import Activations, End, Forward, Taken, TokenMask, Tokens, past_length
@@ -176,7 +177,8 @@ class ActivationStream:
     def _deliver(self, forward: Forward) -> None:
         if not forward.taken:
             return
-        parts = {name: taken.join(name, forward.tokens[taken.stream]) for name, taken in forward.taken.items()}
+        with torch.inference_mode(False), torch.no_grad():
+            parts = {name: taken.join(name, forward.tokens[taken.stream]) for name, taken in forward.taken.items()}
         positions = {}
         for stream in {taken.stream for taken in forward.taken.values()}:
             tokens = forward.tokens[stream]
@@ -211,12 +213,12 @@ class ActivationStream:
         taken = forward.taken.setdefault(point.name, Taken(point.stream))
         x, counts = tokens.choose(x, taken, point.name)
         if point in self.saes:
-            part: Activations = encode_latents(point, self._sae_on(point, x.device), x)
+            part: Activations | Packed = encode_latents(point, self._sae_on(point, x.device), x)
         elif point.kind == "rows":
             # A copy: the model may go on to change the tensor in place, and a view would keep all of it alive.
             part = x.clone() if counts is None else x
         else:
-            part = encode(x) if self.select is None else self.select.encode(x)
+            part = forward.drain.encode(x) if self.select is None else self.select.encode(x)
         taken.parts.append(part)
         taken.counts.append(counts)
 

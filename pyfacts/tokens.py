@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .drain import Drain, Packed
 from .encoding import EncodedActivations, cat
 from .models import HookPoint
 
@@ -28,6 +29,7 @@ class Forward:
     owner: nn.Module | None
     tokens: dict[str, Tokens] = field(default_factory=dict)
     taken: dict[str, Taken] = field(default_factory=dict)
+    drain: Drain = field(default_factory=Drain)
 
     def has_all(self, name: str) -> bool:
         taken = self.taken.get(name)
@@ -42,7 +44,7 @@ class Taken:
     """What one hook was handed in one forward: usually one part; several where the feed-forward is chunked."""
 
     stream: str
-    parts: list[Activations] = field(default_factory=list)
+    parts: list[Activations | Packed] = field(default_factory=list)
     counts: list[list[int] | None] = field(default_factory=list)  # chosen tokens by sequence, None if all were
     seen: int = 0
     split_sequences: bool = False
@@ -54,17 +56,14 @@ class Taken:
                 f"{name} was handed {self.seen} rows in one forward of {tokens.batch} x {tokens.length} tokens: its "
                 "module does not see one row per token, so rows cannot be told apart"
             )
-        if len(self.parts) == 1:
-            return self.parts[0]
+        parts = [part.finish() if isinstance(part, Packed) else part for part in self.parts]
+        if len(parts) == 1:
+            return parts[0]
         if not self.split_sequences:
-            return join(self.parts)
+            return join(parts)
         ends = [torch.tensor([0, *counts]).cumsum(0).tolist() for counts in self.counts if counts is not None]
         return join(
-            [
-                part[end[s] : end[s + 1]]
-                for s in range(tokens.batch)
-                for part, end in zip(self.parts, ends, strict=False)
-            ]
+            [part[end[s] : end[s + 1]] for s in range(tokens.batch) for part, end in zip(parts, ends, strict=False)]
         )
 
 

@@ -5,6 +5,7 @@ what is built upon these ops. Groups lie in a random order, as a GPU might place
 poisoned.
 """
 
+import functools
 import random
 
 import torch
@@ -15,6 +16,7 @@ GROUP, TILE, WIDTH, UNIT = 8, 128, 256, 16
 _order = random.Random(0)
 
 
+@functools.cache
 def register() -> None:
     """Makes the functions below the ops' CPU kernels, for this process."""
     for op in (encode_out, canonicalise, canonicalise_out):

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 import pyfacts
-from pyfacts import cuda, ops
+from pyfacts import cuda, drain, ops
 
 OPS = torch.ops.pyfacts
 DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
@@ -393,6 +393,21 @@ def test_packing_waits_for_nothing() -> None:
     run()
     assert not torch.cuda.current_stream().query()
     assert sizes.tolist() == [len(index), len(values)]
+
+
+@needs_cuda
+def test_a_drain_waits_for_the_oldest_alone() -> None:
+    x = [sparse(300, 700, density, torch.bfloat16).cuda() for density in (0.0, 0.1, 1.0, 0.3)]
+    for _ in range(2):  # the second time kernels are loaded and pinned memory is there
+        torch.cuda.synchronize()
+        torch.cuda._sleep(1 << 30)
+        queue = drain.Drain()
+        packed = [queue.encode(part) for part in x[: drain.DEPTH]]
+        waited = torch.cuda.current_stream().query()
+        packed += [queue.encode(part) for part in x[drain.DEPTH :]]
+    assert not waited
+    for part, of_it in zip(x, packed, strict=True):
+        assert_encodes(of_it.finish().planes, part)
 
 
 @needs_cuda
