@@ -157,6 +157,30 @@ def decode(
     return from_bits(out, dtype).reshape(out.shape), message.value.decode()
 
 
+def to_csr(
+    emulator: ctypes.CDLL, planes: Planes, n_features: int, dtype: torch.dtype, seed: int = 0
+) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], str]:
+    """crow, col and values, and what is wrong with the planes ("" for nothing)."""
+    counts, index, values, tile_ptr = map(np.ascontiguousarray, planes)
+    crow = np.full(counts.shape[1] + 1, -7, np.int64)
+    col = np.full(values.size, -7, np.int64)
+    row_values = np.full(values.size, 0xA5A5, BITS[dtype])
+    message = ctypes.create_string_buffer(200)
+    emulator.emulated_to_csr(
+        DTYPES.index(dtype),
+        *map(ctypes.c_int64, (counts.shape[1], n_features)),
+        *map(pointer, (counts, index)),
+        ctypes.c_int64(index.size),
+        pointer(values),
+        ctypes.c_int64(values.size),
+        *map(pointer, (tile_ptr, crow, col, row_values)),
+        message,
+        ctypes.c_int64(len(message)),
+        seed,
+    )
+    return (crow, col, row_values), message.value.decode()
+
+
 def cpu_planes(x: torch.Tensor, min_abs: float = 0.0, signed_zero: bool = False) -> Planes:
     counts, index, values, tile_ptr = ops.encode(x, min_abs, signed_zero)
     return counts.numpy(), index.numpy(), bits(values), tile_ptr.numpy()
@@ -333,3 +357,53 @@ def test_every_fault_has_its_name(emulator: ctypes.CDLL, plane: int, at: int, va
     _, fault = decode(emulator, planes, 100, torch.float32)
     assert re.search(message, fault)
     assert f": {fault}" in cpu_decode(planes, 100, torch.float32)[1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compressed_sparse_rows(emulator: ctypes.CDLL, dtype: torch.dtype) -> None:
+    x = sparse(140, 700, 0.1, dtype, seed=4)
+    x[::3] = sparse(140, 700, 0.6, dtype, seed=5)[::3]
+    x[5], x[6, :511], x[7] = 1.0, 2.0, 0.0
+    for part in (x, x[:1], x[:, :9], x[:0], x[:, :0]):
+        planes = cpu_planes(part)
+        actual, fault = to_csr(emulator, planes, part.shape[1], dtype)
+        assert fault == ""
+        crow, col, values = ops.to_csr(ops.encode(part, 0.0, False), part.shape[1])
+        for a, b in zip(actual, (crow.numpy(), col.numpy(), bits(values)), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_spoilt_planes_have_no_compressed_sparse_rows(emulator: ctypes.CDLL) -> None:
+    """As with decode; here -0.0 may be stored."""
+    random = np.random.default_rng(1)
+    valid, n_features = valid_planes(0, torch.bfloat16)
+    found = set()
+    for seed in range(40):
+        planes = spoil(valid, random)
+        _, fault = to_csr(emulator, planes, n_features, torch.bfloat16, seed)
+        assert fault == decode(emulator, planes, n_features, torch.bfloat16, signed_zero=True)[1]
+        found.add(fault.split(" (")[0])
+    assert len(found) >= 6, found
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d_out", [1, 8, 33, 1032])
+def test_sparse_linear_has_the_bits_of_the_cpu(emulator: ctypes.CDLL, dtype: torch.dtype, d_out: int) -> None:
+    generator = torch.Generator().manual_seed(d_out)
+    h = sparse(5, 300, 0.1, dtype, seed=6)
+    h[1], h[2] = 0.0, sparse(1, 300, 0.9, dtype, seed=7)  # no entries, and more than a chunk of them
+    W_dec = torch.randn(300, d_out, generator=generator).to(dtype)
+    for b_dec in (None, torch.randn(d_out, generator=generator).to(dtype)):
+        planes = ops.encode(h, 0.0, False)
+        crow, col, values = ops.to_csr(planes, 300)
+        out = np.full((5, d_out), 0xA5A5, BITS[dtype])
+        emulator.emulated_sparse_linear(
+            DTYPES.index(dtype),
+            *map(ctypes.c_int64, h.shape),
+            *(ctypes.c_void_p(t.data_ptr()) for t in (crow, col, values, W_dec)),
+            ctypes.c_void_p(None if b_dec is None else b_dec.data_ptr()),
+            ctypes.c_int64(d_out),
+            pointer(out),
+            0,
+        )
+        np.testing.assert_array_equal(out, bits(ops.sparse_linear(planes, W_dec, b_dec)))

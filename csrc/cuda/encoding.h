@@ -1,5 +1,5 @@
 // The CUDA interface to the encoding: what ops_cuda.cpp calls. All pointers are on the device unless said otherwise,
-// and all work goes to `stream`; a cudaError_t is the launch's. Nothing waits for the device but decode().
+// and all work goes to `stream`; a cudaError_t is the launch's. Nothing waits for the device but verdict().
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -35,9 +35,31 @@ cudaError_t canonical_starts(const Arena& arena, int64_t* tile_ptr, int64_t* siz
 cudaError_t canonical_copy(const Arena& arena, const int64_t* tile_ptr, const int64_t* sizes, uint8_t* index,
                            int64_t index_capacity, void* values, int64_t values_capacity, cudaStream_t stream);
 
-// Writes the dense matrix with `row_stride` elements between rows, checks all that cpu::check() checks, and waits for
-// the verdict. `scratch` holds 8 bytes, aligned.
-cudaError_t decode(const cpu::Encoding& encoding, bool signed_zero, void* out, int64_t row_stride, void* scratch,
-                   cpu::Status* status, cudaStream_t stream);
+// What reads an encoding checks on the way all that cpu::check() checks, and keeps the first fault in a word on the
+// device, aligned to its 8 bytes. Nothing is read out of bounds; what is written means something only if the verdict,
+// for which the host waits, is that all is well. Functions that are given a word to write begin the checks themselves.
+using FaultKey = unsigned long long;
+cudaError_t begin_checks(const cpu::Encoding& encoding, FaultKey* first_fault, cudaStream_t stream);
+cudaError_t verdict(const FaultKey* first_fault, int64_t n_tokens, cpu::Status* status, cudaStream_t stream);
+
+// Writes the dense matrix with `row_stride` elements between rows.
+cudaError_t decode(const cpu::Encoding& encoding, bool signed_zero, void* out, int64_t row_stride,
+                   FaultKey* first_fault, cudaStream_t stream);
+
+// Writes compressed sparse rows: crow [n_tokens + 1], col [n_values], values [n_values] of the dtype.
+struct Csr {
+  int64_t* crow;
+  int64_t* col;
+  void* values;
+};
+cudaError_t csr_scratch_bytes(int64_t n_tokens, int64_t n_features, int64_t* n_bytes);
+cudaError_t to_csr(const cpu::Encoding& encoding, const Csr& out, void* scratch, FaultKey* first_fault,
+                   cudaStream_t stream);
+
+// out [n_tokens, d_out] = rows @ weight [n_features, d_out] + bias [d_out] (or nullptr), all of one dtype and with unit
+// stride within a row, out contiguous: products and sums in float32, ascending by feature, as on the CPU and with its
+// bits (but for those of a NaN). Does nothing if first_fault holds a fault.
+cudaError_t sparse_linear(DType dtype, int64_t n_tokens, const Csr& rows, const void* weight, int64_t weight_stride,
+                          const void* bias, int64_t d_out, void* out, const FaultKey* first_fault, cudaStream_t stream);
 
 }  // namespace pyfacts::cuda

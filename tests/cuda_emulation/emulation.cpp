@@ -7,8 +7,10 @@
 #include <unistd.h>
 
 #include "../../csrc/cuda/canonical.cuh"
+#include "../../csrc/cuda/csr.cuh"
 #include "../../csrc/cuda/decode.cuh"
 #include "../../csrc/cuda/encode.cuh"
+#include "../../csrc/cuda/sparse_linear.cuh"
 #include "../../csrc/predicate.h"
 
 using namespace pyfacts;
@@ -160,6 +162,30 @@ void canonical_copy(const Arena& original, const Sizes* tile_ptr, Sizes total, u
   guarded_values.copy_back();
 }
 
+// A canonical encoding over arrays, guarded.
+class GuardedEncoding {
+ public:
+  explicit GuardedEncoding(const cpu::Encoding& e)
+      : counts_(e.counts, n_columns(e.n_features) * e.n_tokens),
+        index_(e.index, e.index_bytes),
+        values_(static_cast<const uint8_t*>(e.values), e.n_values * item_bytes(e.dtype)),
+        tile_ptr_(e.tile_ptr, 2 * n_runs(e.n_tokens, e.n_features)),
+        encoding_(e) {
+    encoding_.counts = counts_.data();
+    encoding_.index = index_.data();
+    encoding_.values = values_.data();
+    encoding_.tile_ptr = tile_ptr_.data();
+  }
+  const cpu::Encoding& get() const { return encoding_; }
+
+ private:
+  Guarded<const uint8_t> counts_;
+  Guarded<const uint8_t> index_;
+  Guarded<const uint8_t> values_;
+  Guarded<const int64_t> tile_ptr_;
+  cpu::Encoding encoding_;
+};
+
 template <typename T>
 struct DecodeShared {
   Shared run;
@@ -167,27 +193,72 @@ struct DecodeShared {
 };
 
 template <typename T>
-FaultKey decode(const cpu::Encoding& original, uint32_t zero_mask, T* out, uint32_t seed) {
-  cpu::Encoding e = original;
-  const int64_t n = n_runs(e.n_tokens, e.n_features);
-  Guarded<const uint8_t> counts(e.counts, n_columns(e.n_features) * e.n_tokens);
-  Guarded<const uint8_t> index(e.index, e.index_bytes);
-  Guarded<const T> values(static_cast<const T*>(e.values), e.n_values);
-  Guarded<const int64_t> tile_ptr(e.tile_ptr, 2 * n);
+FaultKey decode(const cpu::Encoding& e, bool signed_zero, T* out, uint32_t seed) {
+  const GuardedEncoding encoding(e);
   Guarded<T> dense(out, e.n_tokens * e.n_features);
-  e.counts = counts.data();
-  e.index = index.data();
-  e.values = values.data();
-  e.tile_ptr = tile_ptr.data();
-  FaultKey first_fault = kNoFault;
+  const T all = static_cast<T>(~T{0}), zero_mask = signed_zero ? all : all >> 1;
   const bool aligned = reinterpret_cast<uintptr_t>(dense.data()) % kUnitBytes == 0 &&
                        e.n_features * static_cast<int64_t>(sizeof(T)) % kUnitBytes == 0;
-  launch<DecodeShared<T>>(n, kRunThreads, seed, [&](int64_t block, int thread, DecodeShared<T>& shared) {
-    decode_run<T>(e, zero_mask, block, thread, shared.run, shared.staged[thread / kWarpLanes],
-                  {dense.data(), e.n_features, aligned}, &first_fault);
-  });
+  FaultKey first_fault = kNoFault;
+  launch<DecodeShared<T>>(
+      n_runs(e.n_tokens, e.n_features), kRunThreads, seed, [&](int64_t block, int thread, DecodeShared<T>& shared) {
+        decode_run<T>(encoding.get(), zero_mask, block, thread, shared.run, shared.staged[thread / kWarpLanes],
+                      {dense.data(), e.n_features, aligned}, &first_fault);
+      });
   dense.copy_back();
   return first_fault;
+}
+
+template <typename T>
+FaultKey to_csr(const cpu::Encoding& e, int64_t* crow, int64_t* col, T* values, uint32_t seed) {
+  const GuardedEncoding encoding(e);
+  Guarded<int64_t> guarded_col(col, e.n_values);
+  Guarded<T> guarded_values(values, e.n_values);
+  std::vector<uint32_t> counts(n_columns(e.n_features) * e.n_tokens);
+  const int64_t n = n_runs(e.n_tokens, e.n_features);
+  FaultKey first_fault = kNoFault;
+  launch<Shared>(n, kRunThreads, seed, [&](int64_t block, int thread, Shared& shared) {
+    count_segments(encoding.get(), block, thread, shared, counts.data(), &first_fault);
+  });
+  std::vector<int64_t> n_row(e.n_tokens);
+  for (int64_t token = 0; token < e.n_tokens; ++token) {
+    sum_columns(n_columns(e.n_features), e.n_tokens, token, counts.data(), n_row.data());
+  }
+  crow[0] = 0;  // what CUB's sum does on the device
+  std::partial_sum(n_row.begin(), n_row.end(), crow + 1);
+  launch<Shared>(n, kRunThreads, seed + 1, [&](int64_t block, int thread, Shared& shared) {
+    list_run(encoding.get(), counts.data(), crow, block, thread, shared, guarded_col.data(), guarded_values.data(),
+             &first_fault);
+  });
+  guarded_col.copy_back();
+  guarded_values.copy_back();
+  return first_fault;
+}
+
+template <DType dtype>
+void sparse_linear(int64_t n_tokens, int64_t n_features, const int64_t* crow, const int64_t* col, const void* values,
+                   const void* weight, const void* bias, int64_t d_out, void* out, uint32_t seed) {
+  using T = typename Convert<dtype>::Bits;
+  Guarded<const T> guarded_weight(static_cast<const T*>(weight), n_features * d_out);
+  Guarded<const T> guarded_bias(static_cast<const T*>(bias), bias == nullptr ? 0 : d_out);
+  Guarded<T> guarded_out(static_cast<T*>(out), n_tokens * d_out);
+  const bool aligned = reinterpret_cast<uintptr_t>(guarded_weight.data()) % kUnitBytes == 0 &&
+                       d_out * static_cast<int64_t>(sizeof(T)) % kUnitBytes == 0;
+  const int64_t slabs = ceil_div(d_out, kSlabOutputs);
+  launch<Entries>(n_tokens * slabs, kSlabThreads, seed, [&](int64_t block, int thread, Entries& entries) {
+    const int64_t token = block / slabs;
+    multiply_row<dtype>(crow[token], crow[token + 1], col, static_cast<const T*>(values),
+                        {guarded_weight.data(), d_out, d_out, aligned}, bias == nullptr ? nullptr : guarded_bias.data(),
+                        block % slabs, thread, entries, guarded_out.data() + token * d_out);
+  });
+  guarded_out.copy_back();
+}
+
+void write_status(const cpu::Status& status, char* message, int64_t message_bytes) {
+  message[0] = '\0';
+  if (status.ok()) return;
+  std::snprintf(message, message_bytes, "%s (column %lld, token %lld)", cpu::describe(status.fault),
+                static_cast<long long>(status.column), static_cast<long long>(status.token));
 }
 
 }  // namespace
@@ -219,17 +290,28 @@ void emulated_decode(int dtype, int64_t n_tokens, int64_t n_features, const uint
                      bool signed_zero, void* out, char* message, int64_t message_bytes, uint32_t seed) {
   const cpu::Encoding e = {
       static_cast<DType>(dtype), n_tokens, n_features, counts, index, index_bytes, values, n_values, tile_ptr};
-  const uint32_t all = dtype == 0 ? 0xffffffffu : 0xffffu;
-  const uint32_t zero_mask = signed_zero ? all : all >> 1;
-  const cpu::Status status = status_of(dtype == 0 ? decode(e, zero_mask, static_cast<uint32_t*>(out), seed)
-                                                  : decode(e, zero_mask, static_cast<uint16_t*>(out), seed),
-                                       n_tokens);
-  if (status.ok()) {
-    message[0] = '\0';
-  } else {
-    std::snprintf(message, message_bytes, "%s (column %lld, token %lld)", cpu::describe(status.fault),
-                  static_cast<long long>(status.column), static_cast<long long>(status.token));
-  }
+  const FaultKey fault = dtype == 0 ? decode(e, signed_zero, static_cast<uint32_t*>(out), seed)
+                                    : decode(e, signed_zero, static_cast<uint16_t*>(out), seed);
+  write_status(status_of(fault, n_tokens), message, message_bytes);
+}
+
+void emulated_to_csr(int dtype, int64_t n_tokens, int64_t n_features, const uint8_t* counts, const uint8_t* index,
+                     int64_t index_bytes, const void* values, int64_t n_values, const int64_t* tile_ptr, int64_t* crow,
+                     int64_t* col, void* row_values, char* message, int64_t message_bytes, uint32_t seed) {
+  const cpu::Encoding e = {
+      static_cast<DType>(dtype), n_tokens, n_features, counts, index, index_bytes, values, n_values, tile_ptr};
+  const FaultKey fault = dtype == 0 ? to_csr(e, crow, col, static_cast<uint32_t*>(row_values), seed)
+                                    : to_csr(e, crow, col, static_cast<uint16_t*>(row_values), seed);
+  write_status(status_of(fault, n_tokens), message, message_bytes);
+}
+
+void emulated_sparse_linear(int dtype, int64_t n_tokens, int64_t n_features, const int64_t* crow, const int64_t* col,
+                            const void* values, const void* weight, const void* bias, int64_t d_out, void* out,
+                            uint32_t seed) {
+  const auto run = dtype == 0   ? sparse_linear<DType::float32>
+                   : dtype == 1 ? sparse_linear<DType::bfloat16>
+                                : sparse_linear<DType::float16>;
+  run(n_tokens, n_features, crow, col, values, weight, bias, d_out, out, seed);
 }
 
 }  // extern "C"

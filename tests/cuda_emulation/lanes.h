@@ -175,6 +175,9 @@ inline int __ffs(int x) { return x == 0 ? 0 : std::countr_zero(static_cast<uint3
 
 inline int __ffsll(long long x) { return x == 0 ? 0 : std::countr_zero(static_cast<uint64_t>(x)) + 1; }
 
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+
 inline uint32_t __ballot_sync(uint32_t mask, int flag, Site site = Site::current()) {
   uint32_t result = 0;
   const auto& values = emulation::collective(Collective::ballot, mask, flag != 0, site);
