@@ -26,9 +26,10 @@ void check_cuda(cudaError_t error, const char* what) {
   STD_TORCH_CHECK(error == cudaSuccess, what, " failed on the GPU: ", cudaGetErrorString(error));
 }
 
-void check_cuda_tensor(const Tensor& tensor, const char* name, const Tensor& like) {
-  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device() == like.get_device(), name,
-                  " must be on the GPU of the others, ", like.get_device());
+void check_alike(const Tensor& tensor, const char* name, const Tensor& values) {
+  STD_TORCH_CHECK(
+      tensor.is_cuda() && tensor.get_device() == values.get_device() && tensor.scalar_type() == values.scalar_type(),
+      name, " must be of the values' dtype and on their GPU, ", values.get_device());
 }
 
 Tensor whole_rows(const Tensor& x) { return x.size(1) > 1 && x.stride(1) != 1 ? torch::stable::contiguous(x) : x; }
@@ -80,9 +81,8 @@ void pack(const Tensor& x, double min_abs, bool signed_zero, const cuda::Arena& 
 void encode_out(const Tensor& x, double min_abs, bool signed_zero, int64_t first_token, int64_t first_column,
                 int64_t n_features, Tensor counts, Tensor index, Tensor values, Tensor group_ptr, Tensor cursor) {
   check_matrix(x, "x");
-  check_cuda_tensor(x, "x", values);
+  check_alike(x, "x", values);
   STD_TORCH_CHECK(min_abs >= 0, "min_abs must be at least 0, got ", min_abs);
-  STD_TORCH_CHECK(x.scalar_type() == values.scalar_type(), "x must have the values' dtype");
   const cuda::Arena out = arena(counts, index, values, group_ptr, cursor, n_features);
   const int64_t end_token = first_token + x.size(0), first_feature = first_column * kColumnWidth;
   const int64_t end_feature = first_feature + x.size(1);
@@ -155,8 +155,7 @@ void canonicalise_out(const Tensor& counts, const Tensor& index, const Tensor& v
   view(counts, out_index, out_values, tile_ptr, n_features);
   check_plane(sizes, "sizes", 1, ScalarType::Long, values);
   STD_TORCH_CHECK(sizes.size(0) == 2, "sizes must be [2], got [", sizes.size(0), "]");
-  STD_TORCH_CHECK(out_values.scalar_type() == values.scalar_type(), "out_values must have the values' dtype");
-  check_cuda_tensor(out_values, "out_values", values);
+  check_alike(out_values, "out_values", values);
   const DeviceGuard guard(values.get_device());
   const cudaStream_t stream = current_stream(values);
   find_starts(form, tile_ptr, sizes, stream);
@@ -189,21 +188,35 @@ Planes encode(const Tensor& x, double min_abs, bool signed_zero) {
   return canonical(std::move(counts), form, x);
 }
 
+// The word on the GPU in which a kernel that reads an encoding reports what is wrong with it.
+class Fault {
+ public:
+  explicit Fault(const Tensor& like) : word_(new_empty(like, {1}, ScalarType::Long)) {}
+  cuda::FaultKey* word() const { return static_cast<cuda::FaultKey*>(word_.mutable_data_ptr()); }
+  // Waits, and complains.
+  void check(const cpu::Encoding& encoding, cudaStream_t stream, const char* what) const {
+    cpu::Status status;
+    check_cuda(cuda::verdict(word(), encoding.n_tokens, &status, stream), what);
+    check_status(status);
+  }
+
+ private:
+  Tensor word_;
+};
+
 void decode_out(const Tensor& counts, const Tensor& index, const Tensor& values, const Tensor& tile_ptr,
                 int64_t n_features, bool signed_zero, Tensor out) {
   const cpu::Encoding encoding = view(counts, index, values, tile_ptr, n_features);
   check_matrix(out, "out");
-  check_cuda_tensor(out, "out", values);
-  STD_TORCH_CHECK(out.size(0) == encoding.n_tokens && out.size(1) == n_features && out.stride(1) == 1 &&
-                      out.scalar_type() == values.scalar_type(),
-                  "out must be [", encoding.n_tokens, ", ", n_features, "] of the values' dtype, with whole rows");
+  check_alike(out, "out", values);
+  STD_TORCH_CHECK(out.size(0) == encoding.n_tokens && out.size(1) == n_features && out.stride(1) == 1, "out must be [",
+                  encoding.n_tokens, ", ", n_features, "] with whole rows");
   const DeviceGuard guard(values.get_device());
-  const Tensor scratch = new_empty(values, {1}, ScalarType::Long);
-  cpu::Status status;
-  check_cuda(cuda::decode(encoding, signed_zero, out.mutable_data_ptr(), out.stride(0), scratch.mutable_data_ptr(),
-                          &status, current_stream(values)),
+  const cudaStream_t stream = current_stream(values);
+  const Fault fault(values);
+  check_cuda(cuda::decode(encoding, signed_zero, out.mutable_data_ptr(), out.stride(0), fault.word(), stream),
              "decode");
-  check_status(status);
+  fault.check(encoding, stream, "decode");
 }
 
 Tensor decode(const Tensor& counts, const Tensor& index, const Tensor& values, const Tensor& tile_ptr,
@@ -211,6 +224,65 @@ Tensor decode(const Tensor& counts, const Tensor& index, const Tensor& values, c
   check_matrix(counts, "counts");
   Tensor out = new_empty(values, {counts.size(1), n_features}, values.scalar_type());
   decode_out(counts, index, values, tile_ptr, n_features, signed_zero, out);
+  return out;
+}
+
+// ---- compressed sparse rows, and products with them
+// ------------------------------------------------------------------
+
+using CsrTensors = std::tuple<Tensor, Tensor, Tensor>;  // crow, col, values
+
+cuda::Csr pointers(const CsrTensors& rows) {
+  return {static_cast<int64_t*>(std::get<0>(rows).mutable_data_ptr()),
+          static_cast<int64_t*>(std::get<1>(rows).mutable_data_ptr()), std::get<2>(rows).mutable_data_ptr()};
+}
+
+// What it writes is to be trusted once `fault` is checked.
+CsrTensors list_rows(const cpu::Encoding& encoding, const Tensor& like, const Fault& fault, cudaStream_t stream) {
+  CsrTensors rows = {new_empty(like, {encoding.n_tokens + 1}, ScalarType::Long),
+                     new_empty(like, {encoding.n_values}, ScalarType::Long),
+                     new_empty(like, {encoding.n_values}, like.scalar_type())};
+  int64_t scratch_bytes = 0;
+  check_cuda(cuda::csr_scratch_bytes(encoding.n_tokens, encoding.n_features, &scratch_bytes), "to_csr");
+  const Tensor scratch = new_empty(like, {scratch_bytes}, ScalarType::Byte);
+  check_cuda(cuda::to_csr(encoding, pointers(rows), scratch.mutable_data_ptr(), fault.word(), stream), "to_csr");
+  return rows;
+}
+
+CsrTensors to_csr(const Tensor& counts, const Tensor& index, const Tensor& values, const Tensor& tile_ptr,
+                  int64_t n_features) {
+  const cpu::Encoding encoding = view(counts, index, values, tile_ptr, n_features);
+  const DeviceGuard guard(values.get_device());
+  const cudaStream_t stream = current_stream(values);
+  const Fault fault(values);
+  CsrTensors rows = list_rows(encoding, values, fault, stream);
+  fault.check(encoding, stream, "to_csr");
+  return rows;
+}
+
+Tensor sparse_linear(const Tensor& counts, const Tensor& index, const Tensor& values, const Tensor& tile_ptr,
+                     const Tensor& weight, const std::optional<Tensor>& bias) {
+  check_matrix(weight, "weight");
+  check_alike(weight, "weight", values);
+  const cpu::Encoding encoding = view(counts, index, values, tile_ptr, weight.size(0));
+  const int64_t d_out = weight.size(1);
+  const DeviceGuard guard(values.get_device());
+  const Tensor w = whole_rows(weight);
+  std::optional<Tensor> b;
+  if (bias.has_value()) {
+    check_alike(*bias, "bias", values);
+    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == d_out, "bias must be [", d_out, "]");
+    b = torch::stable::contiguous(*bias);
+  }
+  Tensor out = new_empty(values, {encoding.n_tokens, d_out}, values.scalar_type());
+  const cudaStream_t stream = current_stream(values);
+  const Fault fault(values);
+  const CsrTensors rows = list_rows(encoding, values, fault, stream);
+  check_cuda(cuda::sparse_linear(encoding.dtype, encoding.n_tokens, pointers(rows), w.const_data_ptr(), w.stride(0),
+                                 b.has_value() ? b->const_data_ptr() : nullptr, d_out, out.mutable_data_ptr(),
+                                 fault.word(), stream),
+             "sparse_linear");
+  fault.check(encoding, stream, "sparse_linear");
   return out;
 }
 
@@ -223,6 +295,8 @@ STABLE_TORCH_LIBRARY_IMPL(pyfacts, CUDA, m) {
   m.impl("canonicalise_out", TORCH_BOX(&canonicalise_out));
   m.impl("decode", TORCH_BOX(&decode));
   m.impl("decode_out", TORCH_BOX(&decode_out));
+  m.impl("to_csr", TORCH_BOX(&to_csr));
+  m.impl("sparse_linear", TORCH_BOX(&sparse_linear));
 }
 
 }  // namespace pyfacts

@@ -1,15 +1,16 @@
-"""The ops on CUDA beside `encode` and `decode`: torch's own kernels, around these two.
+"""Ops on CUDA that have no kernels of their own: torch's, around those of csrc/ops_cuda.cpp.
 
 What is computed and encoded at once goes through the *device form* (csrc/cuda/arena.h): chunks of tokens are multiplied
 into scratch memory that fits the L2 cache, and packed from there with `encode_out`, one behind the other, without
 waiting for the GPU. `canonicalise` then makes the planes; it waits once, for their sizes.
 
-`slice`, `cat`, `neuron` and `to_csr` run on the CPU: the planes travel there, which are small, and the results back.
+`slice`, `cat` and `neuron` run on the CPU: the planes travel there, which are small, and the results back.
 
 Nothing here asks what device its tensors are on, so that the tests run it on the CPU too.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +31,7 @@ ARENA_BYTES = 512 << 20
 WIDE_ARENA_BYTES = 128 << 20
 """The same for wide encoders: room for every value would be more than a tenth of their dense result."""
 DENSE_BYTES = 256 << 20
-"""What `sparse_linear` unpacks at a time."""
+"""What is unpacked at a time for the gradient of `sparse_linear`."""
 
 
 # ---- encoders that compute what they encode --------------------------------------------------------------------------
@@ -215,21 +216,6 @@ def join(pieces: list[Planes]) -> Planes:
     )
 
 
-def tiles(planes: Planes, first: int, last: int) -> Planes:
-    """The encoding of tiles [first, last) of tokens, a copy; the tile starts must be in bounds (`check_tile_ptr`)."""
-    counts, index, values, tile_ptr = planes
-    totals = tile_ptr.new_tensor([[len(index), len(values)]])
-    starts = tile_ptr[:, first]
-    ends = tile_ptr[:, last] if last < tile_ptr.shape[1] else torch.cat([tile_ptr[1:, 0], totals])
-    lengths = ends - starts
-    return (
-        counts[:, first * ops.TILE_TOKENS : last * ops.TILE_TOKENS].contiguous(),
-        _runs(index, starts[:, 0], lengths[:, 0]),
-        _runs(values, starts[:, 1], lengths[:, 1]),
-        tile_ptr[:, first:last] + (lengths.cumsum(0) - lengths - starts)[:, None],
-    )
-
-
 def _runs(plane: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
     """The pieces of a plane that start at `starts` and are `lengths` long, one after the other."""
     starts, lengths = starts.flatten(), lengths.flatten()
@@ -237,28 +223,7 @@ def _runs(plane: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
     return plane[moved + torch.arange(len(moved), device=plane.device)]
 
 
-# ---- products with an encoding ---------------------------------------------------------------------------------------
-
-
-def sparse_linear(
-    counts: Tensor, index: Tensor, values: Tensor, tile_ptr: Tensor, weight: Tensor, bias: Tensor | None
-) -> Tensor:
-    """See `ops.sparse_linear`; here tokens are unpacked, chunk by chunk, and multiplied densely."""
-    planes = counts, index, values, tile_ptr
-    n_tokens, n_features = counts.shape[1], len(weight)
-    step = chunk_tokens(values, n_features, DENSE_BYTES)
-    out = values.new_empty((n_tokens, weight.shape[1]))
-    if n_tokens > step:
-        check_tile_ptr(planes)
-    for start in range(0, n_tokens, step):
-        stop = min(start + step, n_tokens)
-        chunk = planes if stop - start == n_tokens else tiles(planes, start // ops.TILE_TOKENS, _n_tiles(stop))
-        h = ops.decode(chunk, n_features, True)
-        if bias is None:
-            torch.mm(h, weight, out=out[start:stop])
-        else:
-            torch.addmm(bias, h, weight, out=out[start:stop])
-    return out
+# ---- gradients of a product with an encoding -------------------------------------------------------------------------
 
 
 def sparse_linear_grad_weight(
@@ -269,9 +234,10 @@ def sparse_linear_grad_weight(
     out = values.new_zeros((n_features, grad.shape[1]))
     if n_tokens == 0:
         return out
-    planes = counts, index, values, tile_ptr
-    check_tile_ptr(planes)
+    # decode checks the rest: here only what would cut the planes elsewhere than between columns.
     starts = [*tile_ptr[:, 0].tolist(), [len(index), len(values)]]
+    if starts[0] != [0, 0] or any(i > i_end or v > v_end for (i, v), (i_end, v_end) in itertools.pairwise(starts)):
+        raise RuntimeError("not a valid encoding: the columns' starts do not ascend from 0 to the planes' sizes")
     step = max(1, DENSE_BYTES // (n_tokens * ops.COLUMN_WIDTH * values.itemsize))
     for first in range(0, n_columns, step):
         last = min(first + step, n_columns)
@@ -280,18 +246,6 @@ def sparse_linear_grad_weight(
         features = slice(first * ops.COLUMN_WIDTH, min(last * ops.COLUMN_WIDTH, n_features))
         torch.mm(ops.decode(group, features.stop - features.start, True).T, grad, out=out[features])
     return out
-
-
-def check_tile_ptr(planes: Planes) -> None:
-    """Complains if a tile start is out of bounds, so that nothing is read there; `decode` checks the rest."""
-    _, index, values, tile_ptr = planes
-    starts = torch.cat([tile_ptr.flatten(0, 1), tile_ptr.new_tensor([[len(index), len(values)]])])
-    if bool(starts[0].any() | (starts.diff(dim=0) < 0).any()):
-        raise RuntimeError("not a valid encoding: the tile starts do not ascend from 0 to the planes' sizes")
-
-
-def _n_tiles(n_tokens: int) -> int:
-    return -(-n_tokens // ops.TILE_TOKENS)
 
 
 # ---- registration ----------------------------------------------------------------------------------------------------
@@ -331,9 +285,9 @@ def available() -> bool:
 
 def register() -> None:
     """Makes these functions the ops' CUDA kernels."""
-    computed = (linear_relu_encode, gated_relu_encode, linear_topk_encode, sparse_linear, sparse_linear_grad_weight)
+    computed = (linear_relu_encode, gated_relu_encode, linear_topk_encode, sparse_linear_grad_weight)
     kernels: dict[str, Callable[..., Any]] = {kernel.__name__: kernel for kernel in computed}
-    kernels |= {name: on_the_cpu(getattr(torch.ops.pyfacts, name)) for name in ("slice", "cat", "neuron", "to_csr")}
+    kernels |= {name: on_the_cpu(getattr(torch.ops.pyfacts, name)) for name in ("slice", "cat", "neuron")}
     for name, kernel in kernels.items():
         torch.library.impl(f"pyfacts::{name}", "CUDA")(_plain(kernel))
 

@@ -21,8 +21,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class EncodedActivations:
     """A matrix of activations [n_tokens, n_features], packed; every stored value exact.
 
-    Made by `pyfacts.encode`, `pyfacts.linear_relu_encode`, `pyfacts.capture` and dumps. On a GPU, slicing, `cat`,
-    `neuron` and `to_csr` run on the CPU: the planes travel there and the result back. With C = ceil(n_features / 256)
+    Made by `pyfacts.encode`, `pyfacts.linear_relu_encode`, `pyfacts.capture` and dumps. On a GPU, slicing, `cat`
+    and `neuron` run on the CPU: the planes travel there and the result back. With C = ceil(n_features / 256)
     columns and R = ceil(n_tokens / 128) tiles (FORMAT.md draws the bytes):
 
     Attributes:

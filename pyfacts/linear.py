@@ -179,8 +179,7 @@ def sparse_linear(enc: EncodedActivations, W_dec: Tensor, b_dec: Tensor | None =
         b_dec: [d_out] or None.
 
     Returns:
-        [n_tokens, d_out] of enc's dtype, summed in float32, differentiable in W_dec and b_dec. On a GPU chunks of
-        tokens are unpacked and multiplied densely: there an infinity or NaN in W_dec reaches every token.
+        [n_tokens, d_out] of enc's dtype, summed in float32, differentiable in W_dec and b_dec.
 
     Raises:
         TypeError: enc is not an encoding, or dtypes differ.

@@ -71,8 +71,7 @@ def linear_topk_encode(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, o
 def sparse_linear(planes: Planes, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
     """Returns the encoding times W_dec [n_features, d_out], plus b_dec; RuntimeError if it is not a valid encoding.
 
-    On the CPU only stored values are multiplied, so that an infinity or NaN in W_dec reaches just the tokens that use
-    its row.
+    Only stored values are multiplied, so that an infinity or NaN in W_dec reaches just the tokens that use its row.
     """
     return torch.ops.pyfacts.sparse_linear(*planes, W_dec, b_dec)
 

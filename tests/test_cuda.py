@@ -237,10 +237,7 @@ def test_bad_arguments_of_the_ops_are_refused(device: str) -> None:
 def test_joined_pieces_are_what_cat_makes(device: str, lengths: tuple[int, ...], n_features: int) -> None:
     x = [sparse(n, n_features, 0.2, torch.float16, seed=n) for n in lengths]
     pieces = [tuple(plane.to(device) for plane in ops.encode(part, 0.0, False)) for part in x]
-    joined = cuda.join(pieces)
-    assert_encodes(joined, torch.cat(x))
-    for first, last in ((0, 1), (1, 2), (0, -(-sum(lengths) // 128))):
-        assert_encodes(cuda.tiles(joined, first, last), torch.cat(x)[128 * first : 128 * last])
+    assert_encodes(cuda.join(pieces), torch.cat(x))
 
 
 @on_each_device
@@ -249,56 +246,41 @@ def test_the_planes_travel_to_the_cpu_for_these(device: str, dtype: torch.dtype)
     x = sparse(140, 300, 0.1, dtype)
     enc = pyfacts.encode(x)
     planes = enc.to(device).planes
-    run = {name: cuda.on_the_cpu(getattr(OPS, name)) if device == "cpu" else getattr(OPS, name) for name in ON_THE_CPU}
+    names = ("slice", "cat", "neuron")
+    run = {name: cuda.on_the_cpu(getattr(OPS, name)) if device == "cpu" else getattr(OPS, name) for name in names}
     assert_same_planes(run["slice"](*planes, 300, 3, 130), enc[3:130].planes)
     twice = [[plane, plane] for plane in planes]
     assert_same_planes(run["cat"](*twice, 300), pyfacts.cat([enc, enc]).planes)
-    for ours, theirs in (
-        (run["neuron"](*planes, 300, 7), enc.neuron(7)),
-        (run["to_csr"](*planes, 300), ops.to_csr(enc.planes, 300)),
-    ):
-        for a, b in zip(ours, theirs, strict=True):
-            assert a.device.type == device and torch.equal(a.cpu(), b)
+    for ours, theirs in zip(run["neuron"](*planes, 300, 7), enc.neuron(7), strict=True):
+        assert ours.device.type == device and torch.equal(ours.cpu(), theirs)
 
 
-ON_THE_CPU = ("slice", "cat", "neuron", "to_csr")
-
-# ---- products with an encoding ---------------------------------------------------------------------------------------
+# ---- the gradient of a product with an encoding ----------------------------------------------------------------------
 
 
 @on_each_device
 @of_each_dtype
 @pytest.mark.parametrize("shape", [(1, 1, 1), (130, 300, 7), (300, 513, 40), (0, 300, 5), (5, 0, 5), (130, 300, 0)])
-@pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.usefixtures("small_pieces")
-def test_sparse_linear(device: str, dtype: torch.dtype, shape: tuple[int, int, int], with_bias: bool) -> None:
+def test_sparse_linear_grad_weight(device: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
     n_tokens, n_features, d_out = shape
     h = sparse(n_tokens, n_features, 0.1, torch.float32).ceil().to(dtype)
-    weight, grad = whole_numbers(n_features, d_out, dtype=dtype), whole_numbers(n_tokens, d_out, dtype=dtype, seed=1)
-    bias = whole_numbers(d_out, dtype=dtype, seed=2) if with_bias else None
-    planes = tuple(plane.to(device) for plane in ops.encode(h, 0.0, False))
-    out = kernel(device, "sparse_linear")(*planes, weight.to(device), None if bias is None else bias.to(device))
-    exact = h.double() @ weight.double() + (0 if bias is None else bias.double())
-    assert_same_bits(out.cpu() + 0.0, exact.to(dtype) + 0.0)
+    grad = whole_numbers(n_tokens, d_out, dtype=dtype)
+    planes = [plane.to(device) for plane in ops.encode(h, 0.0, False)]
     grad_weight = kernel(device, "sparse_linear_grad_weight")(*planes, n_features, grad.to(device))
     assert_same_bits(grad_weight.cpu() + 0.0, (h.double().T @ grad.double()).to(dtype) + 0.0)
 
 
 @on_each_device
-@pytest.mark.parametrize("place", [(0, 0, 0), (0, 1, 1), (1, 2, 0), (1, 0, 1)])
+@pytest.mark.parametrize("place", [(0, 0, 0), (0, 0, 1), (1, 0, 0), (1, 0, 1)])
 @pytest.mark.parametrize("value", [-(1 << 60), -1, 1 << 60])
 @pytest.mark.usefixtures("small_pieces")
-def test_tile_starts_out_of_bounds_are_an_error(device: str, place: tuple[int, int, int], value: int) -> None:
+def test_starts_out_of_bounds_are_an_error(device: str, place: tuple[int, int, int], value: int) -> None:
     planes = ops.encode(sparse(300, 300, 0.1, torch.float32), 0.0, False)
     planes[3][place] = value
-    planes = tuple(plane.to(device) for plane in planes)
-    ones = torch.ones(300, 4, device=device)
-    for product in (
-        lambda: kernel(device, "sparse_linear")(*planes, ones, None),
-        lambda: kernel(device, "sparse_linear_grad_weight")(*planes, 300, ones),
-    ):
-        with pytest.raises(RuntimeError, match="not a valid encoding: the tile starts"):
-            product()
+    on_device = [plane.to(device) for plane in planes]
+    with pytest.raises(RuntimeError, match="not a valid encoding: the columns' starts"):
+        kernel(device, "sparse_linear_grad_weight")(*on_device, 300, torch.ones(300, 4, device=device))
 
 
 # ---- on a GPU alone --------------------------------------------------------------------------------------------------
@@ -370,8 +352,14 @@ def test_a_matrix_of_many_groups() -> None:
 def test_broken_planes_are_refused() -> None:
     counts, index, values, tile_ptr = pyfacts.encode(sparse(200, 300, 0.1, torch.float32)).to("cuda").planes
     index[0] = 255 - index[0]
-    with pytest.raises(RuntimeError, match="not a valid encoding: "):
-        ops.decode((counts, index, values, tile_ptr), 300, False)
+    planes = counts, index, values, tile_ptr
+    for read in (
+        lambda: ops.decode(planes, 300, False),
+        lambda: ops.to_csr(planes, 300),
+        lambda: ops.sparse_linear(planes, torch.ones(300, 4, device="cuda"), None),
+    ):
+        with pytest.raises(RuntimeError, match="not a valid encoding: "):
+            read()
 
 
 @needs_cuda
@@ -449,6 +437,26 @@ def test_gradients(activation: str) -> None:
         strict=True,
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+@needs_cuda
+@of_each_dtype
+@pytest.mark.parametrize("shape", [(1, 1, 1), (130, 300, 7), (300, 513, 1040), (0, 300, 5), (5, 0, 5), (130, 300, 0)])
+@pytest.mark.parametrize("density", [0.02, 0.6])
+def test_sparse_linear_and_to_csr_give_the_cpus_bits(
+    dtype: torch.dtype, shape: tuple[int, int, int], density: float
+) -> None:
+    n_tokens, n_features, d_out = shape
+    enc = pyfacts.encode(sparse(n_tokens, n_features, density, dtype))
+    weight, bias = torch.randn(n_features, d_out).to(dtype), torch.randn(d_out).to(dtype)
+    on_the_gpu = enc.to("cuda")
+    for b in (bias, None):
+        ours = pyfacts.sparse_linear(on_the_gpu, weight.cuda(), None if b is None else b.cuda())
+        assert_same_bits(ours.cpu(), pyfacts.sparse_linear(enc, weight, b))
+    strided = pyfacts.sparse_linear(on_the_gpu, weight.T.contiguous().cuda().T)
+    assert_same_bits(strided.cpu(), pyfacts.sparse_linear(enc, weight))
+    for ours, theirs in zip(ops.to_csr(on_the_gpu.planes, n_features), ops.to_csr(enc.planes, n_features), strict=True):
+        assert torch.equal(ours.cpu(), theirs)
 
 
 @needs_cuda
