@@ -81,7 +81,8 @@ uint16_t to_bits<cutlass::half_t>(float x) {
 // A NaN's magnitude, as bits, is beyond infinity's.
 bool is_nan(DType dtype, uint16_t bits) { return (bits & 0x7fff) > (dtype == DType::bfloat16 ? 0x7f80 : 0x7c00); }
 
-// ---- the reference ---------------------------------------------------------------------------------------------------
+// ---- the reference
+// ---------------------------------------------------------------------------------------------------
 
 // One thread per element: h [n_tokens, n_features], dense. In the order of d_in, each product and sum in float32.
 template <typename Element>
@@ -106,7 +107,8 @@ __global__ void reference_kernel(Linear linear, uint16_t* h) {
   std::memcpy(h + i, &result, sizeof(uint16_t));
 }
 
-// ---- the arena, and a reader of it -----------------------------------------------------------------------------------
+// ---- the arena, and a reader of it
+// -----------------------------------------------------------------------------------
 
 struct DeviceArena {
   DeviceArena(DType dtype, int64_t n_tokens, int64_t n_features, int64_t index_capacity, int64_t values_capacity)
@@ -176,8 +178,9 @@ std::string decode_host(const DeviceArena& device, std::vector<uint16_t>* dense)
     }
   }
   for (auto* groups : {&index_groups, &values_groups}) {
-    std::sort(groups->begin(), groups->end(),
-              [](const Group& a, const Group& b) { return a.start != b.start ? a.start < b.start : a.units < b.units; });
+    std::sort(groups->begin(), groups->end(), [](const Group& a, const Group& b) {
+      return a.start != b.start ? a.start < b.start : a.units < b.units;
+    });
     int64_t end = 0;
     for (const Group& group : *groups) {
       if (group.start != end) return "groups overlap or leave gaps";
@@ -190,7 +193,8 @@ std::string decode_host(const DeviceArena& device, std::vector<uint16_t>* dense)
   return "";
 }
 
-// ---- is it right? ----------------------------------------------------------------------------------------------------
+// ---- is it right?
+// ----------------------------------------------------------------------------------------------------
 
 using Launch = cudaError_t (*)(const Linear&, const DenseOut&, const Arena&, int, cudaStream_t);
 struct Kernel {
@@ -272,10 +276,17 @@ void check_shape(int64_t n_tokens, int64_t n_features, int64_t d_in, bool specia
 
   for (const Activation activation : {Activation::relu, Activation::relu2, Activation::jumprelu}) {
     const bool jump = activation == Activation::jumprelu;
-    const Linear linear = {kDType<Element>, n_tokens,      n_features,
-                           d_in,            device_x.data(), x_stride,
-                           device_weight.data(), weight_stride, variant % 3 == 0 ? nullptr : device_bias.data(),
-                           activation,      jump ? device_threshold.data() : nullptr};
+    const Linear linear = {kDType<Element>,
+                           n_tokens,
+                           n_features,
+                           d_in,
+                           device_x.data(),
+                           x_stride,
+                           device_weight.data(),
+                           weight_stride,
+                           variant % 3 == 0 ? nullptr : device_bias.data(),
+                           activation,
+                           jump ? device_threshold.data() : nullptr};
     Buffer<uint16_t> reference(n_tokens * n_features);
     const int64_t n = n_tokens * n_features;
     reference_kernel<Element><<<static_cast<unsigned>(ceil_div(n, 128)), 128>>>(linear, reference.data());
@@ -342,8 +353,8 @@ void check_entry() {
   weight.fill(0);
   DeviceArena device(kDType<Element>, kTokens, kFeatures, worst_index_bytes(kTokens, kFeatures),
                      worst_values_bytes(kDType<Element>, kTokens, kFeatures));
-  const Linear good = {kDType<Element>, kTokens, kFeatures, kDIn, x.data(), kDIn, weight.data(), kDIn, nullptr,
-                       Activation::relu, nullptr};
+  const Linear good = {kDType<Element>, kTokens,          kFeatures, kDIn, x.data(), kDIn, weight.data(), kDIn,
+                       nullptr,         Activation::relu, nullptr};
   const Kernel entry = {"linear_relu_encode_out", nullptr};
   check_cuda(linear_relu_encode_out(good, {nullptr, 0}, device.arena, nullptr), "linear_relu_encode_out");
   check_cuda(cudaDeviceSynchronize(), "linear_relu_encode_out");
@@ -382,7 +393,8 @@ void check_all() {
   check_entry<Element>();
 }
 
-// ---- how long does it take? ------------------------------------------------------------------------------------------
+// ---- how long does it take?
+// ------------------------------------------------------------------------------------------
 
 // Normal values times `scale` plus `offset`, from a hash of the place.
 __global__ void fill_normal_kernel(cutlass::bfloat16_t* out, int64_t n, float scale, float offset, uint32_t seed) {
@@ -451,18 +463,18 @@ float cublas_ms(const Linear& linear, void* h) {
                "preference");
   cublasLtMatmulHeuristicResult_t proposals[8];
   int n_proposals = 0;
-  check_cublas(cublasLtMatmulAlgoGetHeuristic(handle, product, weight, x, out, out, preference, 8, proposals,
-                                              &n_proposals),
-               "heuristic");
+  check_cublas(
+      cublasLtMatmulAlgoGetHeuristic(handle, product, weight, x, out, out, preference, 8, proposals, &n_proposals),
+      "heuristic");
   float best = INFINITY;
   const float one = 1, zero = 0;
   for (int i = 0; i < n_proposals; ++i) {
-    best = std::min(best, median_ms([&] {
-                      check_cublas(cublasLtMatmul(handle, product, &one, linear.weight, weight, linear.x, x, &zero, h,
-                                                  out, h, out, &proposals[i].algo, workspace.data(), workspace_bytes,
-                                                  nullptr),
-                                   "matmul");
-                    }));
+    best =
+        std::min(best, median_ms([&] {
+                   check_cublas(cublasLtMatmul(handle, product, &one, linear.weight, weight, linear.x, x, &zero, h, out,
+                                               h, out, &proposals[i].algo, workspace.data(), workspace_bytes, nullptr),
+                                "matmul");
+                 }));
   }
   cublasLtMatmulPreferenceDestroy(preference);
   for (const auto layout : {weight, x, out}) cublasLtMatrixLayoutDestroy(layout);
@@ -481,8 +493,8 @@ void time_shape(int64_t n_tokens, int64_t d_in, int64_t n_features, double densi
   normal(x, n_tokens * d_in, 1, 0, 1);
   normal(weight, n_features * d_in, 1 / std::sqrt(static_cast<float>(d_in)), 0, 2);
   normal(bias, n_features, 0, offset, 3);
-  const Linear linear = {DType::bfloat16, n_tokens, n_features, d_in, x.data(), d_in, weight.data(), d_in, bias.data(),
-                         Activation::relu, nullptr};
+  const Linear linear = {DType::bfloat16, n_tokens,         n_features, d_in, x.data(), d_in, weight.data(), d_in,
+                         bias.data(),     Activation::relu, nullptr};
   DeviceArena device(DType::bfloat16, n_tokens, n_features, worst_index_bytes(n_tokens, n_features),
                      worst_values_bytes(DType::bfloat16, n_tokens, n_features));
   const double flop = 2.0 * static_cast<double>(n_tokens) * static_cast<double>(n_features) * static_cast<double>(d_in);

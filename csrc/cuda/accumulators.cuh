@@ -3,8 +3,8 @@
 // instructions by tests/cuda_emulation/accumulators.cu.
 //
 // WGMMA m64n256 leaves rows 16 w ... 16 w + 15 to warp w of the warpgroup: two groups of the encoding, the halves
-// h = 0 and 1. Lane l holds, in accumulator 4 q + 2 h + e, row l / 4 of a half and feature 8 q + 2 (l % 4) + e. Those of
-// one half and one q are a matrix of 8 rows and 8 features, and its two elements a lane, as one register, are what
+// h = 0 and 1. Lane l holds, in accumulator 4 q + 2 h + e, row l / 4 of a half and feature 8 q + 2 (l % 4) + e. Those
+// of one half and one q are a matrix of 8 rows and 8 features, and its two elements a lane, as one register, are what
 // stmatrix takes from that lane. It takes four matrices at a time, m = 0 ... 3: store s is of q = 4 s + m.
 #pragma once
 
@@ -19,7 +19,9 @@ constexpr int kStores = kColumnWidth / 8 / kStoreMatrices;  // of a half
 constexpr int kAccumulators = kHalves * kStores * kStoreMatrices * 2;
 
 // The first of the two accumulators that make a register; the second follows it.
-constexpr int accumulator_of(int half, int store, int matrix) { return 4 * (kStoreMatrices * store + matrix) + 2 * half; }
+constexpr int accumulator_of(int half, int store, int matrix) {
+  return 4 * (kStoreMatrices * store + matrix) + 2 * half;
+}
 
 // The feature of that first accumulator, within the column.
 constexpr int feature_of(int store, int matrix, int lane) {

@@ -1,9 +1,9 @@
 // Decides what the fused kernel takes and launches it; the kernel itself is in linear_relu_encode.cuh.
-#include "linear_relu_encode.h"
-
 #include <array>
 #include <atomic>
 #include <limits>
+
+#include "linear_relu_encode.h"
 
 namespace pyfacts::cuda {
 namespace {
@@ -55,8 +55,7 @@ bool fused_supports(const Linear& linear, const DenseOut& dense) {
   if (!rows_supported(linear.weight, linear.n_features, linear.weight_row_stride, linear.d_in)) return false;
   if (!aligned(linear.bias) || !aligned(linear.threshold)) return false;
   if ((linear.activation == Activation::jumprelu) != (linear.threshold != nullptr)) return false;
-  if (dense.data != nullptr &&
-      !rows_supported(dense.data, linear.n_tokens, dense.row_stride, linear.n_features)) {
+  if (dense.data != nullptr && !rows_supported(dense.data, linear.n_tokens, dense.row_stride, linear.n_features)) {
     return false;
   }
   int n_multiprocessors = 0;

@@ -2,10 +2,10 @@
 // bfloat16 or float16, summed up in float32.
 //
 // The product is CUTLASS': a persistent kernel in which one warp fetches tiles by TMA and two warpgroups multiply them
-// with WGMMA. Its epilogue is ours. A tile is 256 features wide, a column of the encoding, and WGMMA leaves 16 tokens of
-// it to each warp, two groups: so every warp adds the bias, rounds, applies the activation, lays the rows of one group
-// and then of the other out in its own piece of shared memory, and packs them (pack.cuh) without waiting for any other
-// warp. Dense h never exists, unless it is asked for; then it is written from those same rows.
+// with WGMMA. Its epilogue is ours. A tile is 256 features wide, a column of the encoding, and WGMMA leaves 16 tokens
+// of it to each warp, two groups: so every warp adds the bias, rounds, applies the activation, lays the rows of one
+// group and then of the other out in its own piece of shared memory, and packs them (pack.cuh) without waiting for any
+// other warp. Dense h never exists, unless it is asked for; then it is written from those same rows.
 //
 // Two shapes of tile. 128 x 256 (cooperative: both warpgroups on one tile) reads fewer operand bytes per product, but
 // the tensor cores idle while it packs; 64 x 256 (ping-pong: each warpgroup has a tile of its own) packs one tile while
@@ -16,12 +16,12 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cutlass/arch/arch.h>
+#include <cutlass/device_kernel.h>
 
 #include <algorithm>
 #include <cute/arch/copy_sm90.hpp>
 #include <cute/tensor.hpp>
-#include <cutlass/arch/arch.h>
-#include <cutlass/device_kernel.h>
 #include <cutlass/epilogue/collective/detail.hpp>
 #include <cutlass/gemm/collective/collective_builder.hpp>
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
@@ -53,22 +53,22 @@ struct PairOf<cutlass::half_t> {
 };
 
 template <typename Pair>
-__device__ __forceinline__ uint32_t bits_of(Pair pair) {
+CUTLASS_HOST_DEVICE uint32_t bits_of(Pair pair) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
 template <typename Pair>
-__device__ __forceinline__ Pair pair_of(uint32_t bits) {
+CUTLASS_HOST_DEVICE Pair pair_of(uint32_t bits) {
   return *reinterpret_cast<const Pair*>(&bits);
 }
 
-// The maximum that keeps a NaN, and takes +0.0 over -0.0.
+// __hmax2_nan keeps a NaN and takes +0.0 over -0.0; of the toolkit's host versions one does so only in this order.
 template <Activation kActivation, typename Pair>
-__device__ __forceinline__ uint32_t activate(Pair z, Pair threshold) {
+CUTLASS_HOST_DEVICE uint32_t activate(Pair z, Pair threshold) {
   const Pair zero = pair_of<Pair>(0);
   if constexpr (kActivation == Activation::relu) {
-    return bits_of(__hmax2_nan(z, zero));
+    return bits_of(__hmax2_nan(zero, z));
   } else if constexpr (kActivation == Activation::relu2) {
-    const Pair h = __hmax2_nan(z, zero);
+    const Pair h = __hmax2_nan(zero, z);
     return bits_of(__hmul2(h, h));
   } else {
     // All ones where z > threshold or either is NaN.
@@ -192,8 +192,7 @@ class PackingEpilogue {
       }
     }
     CUTLASS_DEVICE Pair of(int store, int matrix, int lane) const {
-      return pair_of<Pair>(
-          __shfl_sync(kAllLanes, pair[pair_register(store, matrix)], pair_lane(store, matrix, lane)));
+      return pair_of<Pair>(__shfl_sync(kAllLanes, pair[pair_register(store, matrix)], pair_lane(store, matrix, lane)));
     }
   };
 
@@ -262,19 +261,18 @@ struct FusedKernel {
   using TileShape = cute::Shape<cute::Int<kTokens>, cute::Int<kColumnWidth>, cute::_64>;
   using ClusterShape = cute::Shape<cute::Int<kClusterTokens>, cute::_1, cute::_1>;
   static constexpr int kAlignment = 8;  // elements
-  using Epilogue =
-      cutlass::epilogue::collective::detail::Sm90TmaWarpSpecializedAdapter<PackingEpilogue<Element,
-                                                                                           kTokens / kWarpTokens>>;
+  using Epilogue = cutlass::epilogue::collective::detail::Sm90TmaWarpSpecializedAdapter<
+      PackingEpilogue<Element, kTokens / kWarpTokens>>;
   // The epilogue's memory, and as much again as its alignment may waste before it.
-  using Stages = cutlass::gemm::collective::StageCountAutoCarveout<
-      static_cast<int>(sizeof(typename Epilogue::SharedStorage) + alignof(typename Epilogue::SharedStorage))>;
+  using Stages = cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(
+      sizeof(typename Epilogue::SharedStorage) + alignof(typename Epilogue::SharedStorage))>;
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Element, cutlass::layout::RowMajor, kAlignment, Element,
       cutlass::layout::ColumnMajor, kAlignment, float, TileShape, ClusterShape, Stages, Schedule>::CollectiveOp;
   // n_tokens, n_features, d_in and a batch of one.
   using ProblemShape = cute::Shape<int, int, int, int>;
-  using Kernel = cutlass::gemm::kernel::GemmUniversal<ProblemShape, Mainloop, Epilogue,
-                                                      cutlass::gemm::PersistentScheduler>;
+  using Kernel =
+      cutlass::gemm::kernel::GemmUniversal<ProblemShape, Mainloop, Epilogue, cutlass::gemm::PersistentScheduler>;
 };
 
 template <typename Element>
@@ -316,8 +314,8 @@ cudaError_t launch(const Linear& linear, const DenseOut& dense, const Arena& out
                         dense.row_stride,
                         linear.activation};
   arguments.hw_info.sm_count = n_multiprocessors;
-  arguments.scheduler.max_swizzle_size = swizzle_of(
-      ceil_div(ceil_div(linear.n_tokens, kTileTokens), kClusterTokens), n_columns(linear.n_features));
+  arguments.scheduler.max_swizzle_size =
+      swizzle_of(ceil_div(ceil_div(linear.n_tokens, kTileTokens), kClusterTokens), n_columns(linear.n_features));
   if (!Kernel::can_implement(arguments)) return cudaErrorInvalidValue;
 
   typename Kernel::Params params = Kernel::to_underlying_arguments(arguments, nullptr);
@@ -343,8 +341,8 @@ cudaError_t launch(const Linear& linear, const DenseOut& dense, const Arena& out
 template <typename Element>
 cudaError_t launch_fused(const Linear& linear, const DenseOut& dense, const Arena& out, int n_multiprocessors,
                          cudaStream_t stream) {
-  const auto run = linear.d_in < kCooperativeDIn ? launch<PingPong<Element>, Element>
-                                                 : launch<Cooperative<Element>, Element>;
+  const auto run =
+      linear.d_in < kCooperativeDIn ? launch<PingPong<Element>, Element> : launch<Cooperative<Element>, Element>;
   return run(linear, dense, out, n_multiprocessors, stream);
 }
 

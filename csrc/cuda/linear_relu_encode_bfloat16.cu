@@ -1,10 +1,11 @@
-// The fused kernels for bfloat16: a file per dtype, since CUTLASS takes minutes to compile and files compile side by side.
+// The fused kernels for bfloat16: a file per dtype, since CUTLASS takes minutes to compile and files compile side by
+// side.
 #include "linear_relu_encode.cuh"
 
 namespace pyfacts::cuda {
 
 cudaError_t launch_fused_bfloat16(const Linear& linear, const DenseOut& dense, const Arena& out, int n_multiprocessors,
-                              cudaStream_t stream) {
+                                  cudaStream_t stream) {
   return launch_fused<cutlass::bfloat16_t>(linear, dense, out, n_multiprocessors, stream);
 }
 

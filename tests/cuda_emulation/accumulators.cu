@@ -1,6 +1,8 @@
-// Checks csrc/cuda/accumulators.cuh on the host, for every lane and accumulator of both fused kernels: that by CUTLASS' own
-// description of WGMMA and of stmatrix each element of the tile reaches its place in its warp's rows, exactly once.
-// Prints what is wrong, or the kernels' stages and shared memory. Needs nvcc for the headers, but no GPU.
+// What can be known of the fused linear_relu_encode on the host; needs nvcc for its headers, but no GPU. For every lane
+// and accumulator of both kernels: by CUTLASS' own description of WGMMA and of stmatrix each element of the tile
+// reaches its place among its group's rows, exactly once. And for every 16-bit number: what the activations make of it,
+// by the toolkit's host versions of the intrinsics. Prints what is wrong, and the kernels' stages and shared memory.
+#include <cmath>
 #include <cstdio>
 #include <map>
 #include <tuple>
@@ -88,9 +90,46 @@ void check(const char* name) {
               static_cast<int>(sizeof(typename Fused::Epilogue::SharedStorage)));
 }
 
+template <typename Element>
+Element element_of(uint32_t bits) {
+  return Element::bitcast(static_cast<uint16_t>(bits));
+}
+
+// All z, two at a time and different ones, against the same in float.
+template <typename Element, Activation kActivation>
+void check_activation(float threshold) {
+  using Pair = typename PairOf<Element>::Type;
+  const uint32_t threshold_bits = Element(threshold).raw();
+  for (uint32_t low = 0; low < 0x10000; ++low) {
+    const uint32_t high = 0xffff - low;
+    const uint32_t h = activate<kActivation>(pair_of<Pair>(high << 16 | low), pair_of<Pair>(threshold_bits * 0x10001));
+    for (const bool upper : {false, true}) {
+      const float z = static_cast<float>(element_of<Element>(upper ? high : low));
+      const uint32_t bits = upper ? h >> 16 : h & 0xffff;
+      float expected = z > 0 ? z : 0.0f;
+      if (kActivation == Activation::relu2) expected *= expected;
+      if (kActivation == Activation::jumprelu && !(z > threshold)) expected = 0;
+      const bool right =
+          std::isnan(z) ? std::isnan(static_cast<float>(element_of<Element>(bits))) : bits == Element(expected).raw();
+      expect(right, "wrong activation of", static_cast<int>(upper ? high : low), 0, static_cast<int>(kActivation), 0);
+    }
+  }
+}
+
+template <typename Element>
+void check_activations() {
+  check_activation<Element, Activation::relu>(0);
+  check_activation<Element, Activation::relu2>(0);
+  for (const float threshold : {0.0f, -0.0f, -2.0f, 1e-40f, 0.75f, 3000.0f, INFINITY}) {
+    check_activation<Element, Activation::jumprelu>(static_cast<float>(Element(threshold)));
+  }
+}
+
 }  // namespace
 
 int main() {
+  check_activations<cutlass::bfloat16_t>();
+  check_activations<cutlass::half_t>();
   check<Cooperative<cutlass::bfloat16_t>>("cooperative, bfloat16");
   check<Cooperative<cutlass::half_t>>("cooperative, float16");
   check<PingPong<cutlass::bfloat16_t>>("ping-pong, bfloat16");
