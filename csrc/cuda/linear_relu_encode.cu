@@ -1,7 +1,6 @@
 // Decides what the fused kernel takes and launches it; the kernel itself is in linear_relu_encode.cuh.
 #include <array>
 #include <atomic>
-#include <limits>
 
 #include "linear_relu_encode.h"
 
@@ -44,12 +43,14 @@ cudaError_t hopper_multiprocessors(int* n) {
 }  // namespace
 
 bool fused_supports(const Linear& linear, const DenseOut& dense) {
-  // Tile coordinates are 32-bit, up to a tile beyond the end.
-  constexpr int64_t kMaxSize = std::numeric_limits<int32_t>::max() - 1024;
+  // CUTLASS counts elements and tiles with 32 bits, up to a few tiles beyond the end.
+  constexpr int64_t kMaxSize = int64_t{1} << 30;
+  constexpr int64_t kMinTileTokens = 64;
   const int64_t sizes[] = {linear.n_tokens, linear.n_features, linear.d_in};
   for (const int64_t size : sizes) {
     if (size <= 0 || size > kMaxSize) return false;
   }
+  if (ceil_div(linear.n_tokens, kMinTileTokens) * n_columns(linear.n_features) > kMaxSize) return false;
   if (linear.dtype == DType::float32 || linear.n_features % (kAlignment / 2) != 0) return false;
   if (!rows_supported(linear.x, linear.n_tokens, linear.x_row_stride, linear.d_in)) return false;
   if (!rows_supported(linear.weight, linear.n_features, linear.weight_row_stride, linear.d_in)) return false;

@@ -1,5 +1,4 @@
-// The fused kernels for bfloat16: a file per dtype, since CUTLASS takes minutes to compile and files compile side by
-// side.
+// The fused kernels for bfloat16. CUTLASS compiles slowly, 25 s a file, so that there is a file per dtype.
 #include "linear_relu_encode.cuh"
 
 namespace pyfacts::cuda {
