@@ -25,6 +25,7 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 cuda: setup
 	@test -n "$(NVCC)" || { echo "make cuda needs nvcc: put it on PATH, or give NVCC=/path/to/nvcc"; exit 1; }
 	@mkdir -p build
+	$(BIN)/pip install --quiet --no-deps -r requirements-cuda.txt
 	CUDACXX=$(NVCC) $(BIN)/pip install -v --no-build-isolation --no-deps -C build-dir=build/cuda \
 	  -C cmake.define.PYFACTS_CUDA=ON -e . > build/cuda.log 2>&1 || { cat build/cuda.log; exit 1; }
 	@! grep -E "spill|serialized" build/cuda.log | grep -v "'_ZN3cub"
@@ -58,7 +59,7 @@ gpu-check:
 GPU_PYTHON ?= 3.12
 gpu-wheels:
 	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) \
-	  --dest third_party/wheels $$(grep -hE '^(xxhash|zstandard|pytest-benchmark)==' requirements-dev.txt)
+	  --dest third_party/wheels $$(grep -hE '^(xxhash|zstandard|pytest-benchmark|nvidia-cutlass)==' requirements-*.txt)
 
 clean:
 	rm -rf build $(VENV)

@@ -20,7 +20,7 @@ from torch.nn.functional import linear
 
 import pyfacts
 import pyfacts.bench
-from pyfacts import ops
+from pyfacts import cuda, ops
 
 Call = Callable[[], object]
 Row = dict[str, Any]
@@ -94,21 +94,40 @@ def rates(timer: Timer, n: int = 8192) -> dict[str, float]:
 
 
 def up_projection(timer: Timer, shape: tuple[int, int, int], density: float, flop_per_s: float) -> Iterator[Row]:
-    """linear_relu_encode beside the product with a ReLU in its epilogue, and beside relu(linear)."""
+    """linear_relu_encode, both ways, beside the product with a ReLU in its epilogue, and beside relu(linear)."""
     n_tokens, d_in, n_features = shape
     x, weight, bias = encoder(*shape, density, timer.device)
     case = f"{n_tokens} x {d_in} → {n_features}, {density:.1%}"
-    seconds = timer.medians(
-        {
-            "linear_relu_encode": lambda: pyfacts.linear_relu_encode(x, weight, bias),
-            "_addmm_activation": lambda: torch._addmm_activation(bias, x, weight.T),
-            "relu(linear)": lambda: torch.relu(linear(x, weight, bias)),
-            "encode(relu(linear))": lambda: pyfacts.encode(torch.relu(linear(x, weight, bias))),
-        }
-    )
-    yield from ratios(case, seconds, "linear_relu_encode")
-    share = 2 * n_tokens * d_in * n_features / seconds["linear_relu_encode"] / flop_per_s
-    yield row(case, "share of the rate of products", share)
+    peers: dict[str, Call] = {
+        "_addmm_activation": lambda: torch._addmm_activation(bias, x, weight.T),
+        "relu(linear)": lambda: torch.relu(linear(x, weight, bias)),
+        "encode(relu(linear))": lambda: pyfacts.encode(torch.relu(linear(x, weight, bias))),
+    }
+    ours: dict[str, Call] = {}
+    for fused in (True, False) if has_fused(timer.device) else (False,):
+        name = "fused" if fused else "two steps"
+        ours[name] = by_way(fused, lambda: pyfacts.linear_relu_encode(x, weight, bias))
+        ours[f"{name}, h too"] = by_way(fused, lambda: pyfacts.linear_relu_encode(x, weight, bias, return_dense=True))
+    seconds = timer.medians(ours | peers)
+    for name in ours:
+        yield from ratios(case, {key: seconds[key] for key in (name, *peers)}, name)
+        share = 2 * n_tokens * d_in * n_features / seconds[name] / flop_per_s
+        yield row(case, f"{name}: share of the rate of products", share)
+
+
+def has_fused(device: str) -> bool:
+    """Whether there is a kernel that multiplies and packs at once."""
+    return device == "cuda" and torch.cuda.get_device_capability() == (9, 0)
+
+
+def by_way(fused: bool, call: Call) -> Call:
+    """The call, with or without that kernel."""
+
+    def run() -> object:
+        cuda.FUSED = fused
+        return call()
+
+    return run
 
 
 def packing(timer: Timer, shape: tuple[int, int], density: float, bytes_per_s: float) -> Iterator[Row]:

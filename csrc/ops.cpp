@@ -198,6 +198,10 @@ STABLE_TORCH_LIBRARY(pyfacts, m) {
       " SymInt n_features, Tensor(a!) counts, Tensor(b!) index, Tensor(c!) values, Tensor(d!) group_ptr,"
       " Tensor(e!) cursor) -> ()");
   m.def(
+      "fused_linear_relu_encode_out(Tensor x, Tensor weight, Tensor? bias, str activation, Tensor? threshold,"
+      " Tensor(a!)? h, Tensor(b!) counts, Tensor(c!) index, Tensor(d!) values, Tensor(e!) group_ptr,"
+      " Tensor(f!) cursor) -> bool");
+  m.def(
       "canonicalise(Tensor counts, Tensor index, Tensor values, Tensor group_ptr, Tensor cursor, SymInt n_features)"
       " -> (Tensor index, Tensor values, Tensor tile_ptr)");
   m.def(

@@ -6,8 +6,10 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include <algorithm>
+#include <string>
 
 #include "cuda/encoding.h"
+#include "cuda/linear_relu_encode.h"
 #include "planes.h"
 
 namespace pyfacts {
@@ -227,6 +229,63 @@ Tensor decode(const Tensor& counts, const Tensor& index, const Tensor& values, c
   return out;
 }
 
+// ---- the up-projection, fused
+// ---------------------------------------------------------------------------------------
+
+cuda::Activation activation_of(const std::string& name) {
+  if (name == "relu") return cuda::Activation::relu;
+  if (name == "relu2") return cuda::Activation::relu2;
+  STD_TORCH_CHECK(name == "jumprelu", "unknown activation ", name);
+  return cuda::Activation::jumprelu;
+}
+
+const void* features_of(const std::optional<Tensor>& tensor, const char* name, const Tensor& like, int64_t n_features) {
+  if (!tensor.has_value()) return nullptr;
+  check_alike(*tensor, name, like);
+  STD_TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == n_features && tensor->is_contiguous(), name, " must be [",
+                  n_features, "] and contiguous");
+  return tensor->const_data_ptr();
+}
+
+// False, and nothing done, for what the kernel does not take. It neither waits nor allocates.
+bool fused_linear_relu_encode_out(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                                  const std::string& activation, const std::optional<Tensor>& threshold,
+                                  std::optional<Tensor> h, Tensor counts, Tensor index, Tensor values, Tensor group_ptr,
+                                  Tensor cursor) {
+  check_matrix(x, "x");
+  check_matrix(weight, "weight");
+  check_alike(x, "x", values);
+  check_alike(weight, "weight", values);
+  const int64_t n_tokens = x.size(0), n_features = weight.size(0), d_in = x.size(1);
+  const cuda::Arena out = arena(counts, index, values, group_ptr, cursor, n_features);
+  STD_TORCH_CHECK(weight.size(1) == d_in && out.n_tokens == n_tokens, "x [", n_tokens, ", ", d_in, "], weight [",
+                  n_features, ", ", weight.size(1), "] and buffers for ", out.n_tokens, " tokens do not fit");
+  const DeviceGuard guard(values.get_device());
+  cuda::DenseOut dense = {};
+  if (h.has_value()) {
+    check_matrix(*h, "h");
+    check_alike(*h, "h", values);
+    STD_TORCH_CHECK(h->size(0) == n_tokens && h->size(1) == n_features && h->stride(1) == 1, "h must be [", n_tokens,
+                    ", ", n_features, "] with whole rows");
+    dense = {h->mutable_data_ptr(), h->stride(0)};
+  }
+  if (d_in > 1 && (x.stride(1) != 1 || weight.stride(1) != 1)) return false;
+  const cuda::Linear linear = {out.dtype,
+                               n_tokens,
+                               n_features,
+                               d_in,
+                               x.const_data_ptr(),
+                               x.stride(0),
+                               weight.const_data_ptr(),
+                               weight.stride(0),
+                               features_of(bias, "bias", values, n_features),
+                               activation_of(activation),
+                               features_of(threshold, "threshold", values, n_features)};
+  if (!cuda::fused_supports(linear, dense)) return false;
+  check_cuda(cuda::linear_relu_encode_out(linear, dense, out, current_stream(values)), "linear_relu_encode");
+  return true;
+}
+
 // ---- compressed sparse rows, and products with them
 // ------------------------------------------------------------------
 
@@ -291,6 +350,7 @@ Tensor sparse_linear(const Tensor& counts, const Tensor& index, const Tensor& va
 STABLE_TORCH_LIBRARY_IMPL(pyfacts, CUDA, m) {
   m.impl("encode", TORCH_BOX(&encode));
   m.impl("encode_out", TORCH_BOX(&encode_out));
+  m.impl("fused_linear_relu_encode_out", TORCH_BOX(&fused_linear_relu_encode_out));
   m.impl("canonicalise", TORCH_BOX(&canonicalise));
   m.impl("canonicalise_out", TORCH_BOX(&canonicalise_out));
   m.impl("decode", TORCH_BOX(&decode));

@@ -11,6 +11,7 @@ Nothing here asks what device its tensors are on, so that the tests run it on th
 
 import functools
 import itertools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,10 @@ WIDE_ARENA_BYTES = 128 << 20
 DENSE_BYTES = 256 << 20
 """What is unpacked at a time for the gradient of `sparse_linear`."""
 
+FUSED = os.environ.get("PYFACTS_CUDA_FUSED") == "1"
+"""Whether `linear_relu_encode` may multiply and pack in one kernel. Off until that kernel has been seen to work on a
+GPU; `make gpu-check` tests and measures both ways."""
+
 
 # ---- encoders that compute what they encode --------------------------------------------------------------------------
 
@@ -54,8 +59,15 @@ def linear_relu_encode(
             z.masked_fill_(z <= floor, 0)
         return z.square_() if activation == "relu2" else z
 
-    # A kernel that multiplies and packs in one launch goes here, in the place of in_chunks.
-    return h, *pack(x, n_tokens, n_features, in_chunks(compute))
+    in_two_steps = in_chunks(compute)
+
+    def fill(arena: ops.Arena, begin: int, end: int) -> None:
+        dense = h[begin:end] if return_dense else None
+        operands = x[begin:end], weight, bias, activation, floor
+        if not (FUSED and ops.fused_linear_relu_encode_out(*operands, dense, arena)):
+            in_two_steps(arena, begin, end)
+
+    return h, *pack(x, n_tokens, n_features, fill)
 
 
 def gated_relu_encode(x: Tensor, w_gate: Tensor, w_up: Tensor, b_gate: Tensor | None, b_up: Tensor | None) -> Planes:

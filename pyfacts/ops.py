@@ -164,6 +164,30 @@ def encode_out(
     torch.ops.pyfacts.encode_out(x, min_abs, signed_zero, *place, *arena.buffers)
 
 
+def fused_linear_relu_encode_out(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    threshold: Tensor | None,
+    h: Tensor | None,
+    arena: Arena,
+) -> bool:
+    """Fills a fresh arena with act(x @ weight.T + bias) by one kernel, without waiting for the GPU.
+
+    Args:
+        x, weight, bias, activation: see `pyfacts.linear_relu_encode`.
+        threshold: [n_features] of x's dtype, none below zero and no NaN; with "jumprelu" alone.
+        h: where the dense result [n_tokens, n_features] goes as well.
+        arena: as large as the result.
+
+    Returns:
+        False, and nothing is done, if there is no such kernel for these: it wants an sm_90, 16 bits, sizes that are
+        multiples of 8, and addresses that are multiples of 16.
+    """
+    return torch.ops.pyfacts.fused_linear_relu_encode_out(x, weight, bias, activation, threshold, h, *arena.buffers)
+
+
 def canonicalise(arena: Arena) -> Planes:
     """Returns the planes, once all parts are packed; waits for their sizes. RuntimeError if they did not fit."""
     return arena.counts, *torch.ops.pyfacts.canonicalise(*arena.buffers, arena.n_features)

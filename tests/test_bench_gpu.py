@@ -22,7 +22,7 @@ def check(rows: Iterator[dict[str, Any]], *what: str) -> None:
 def test_every_section_runs() -> None:
     rate = gpu.rates(TIMER, 64)
     up = gpu.up_projection(TIMER, (130, 16, 300), 0.1, rate["mm_flop_per_s"])
-    check(up, "linear_relu_encode", "linear_relu_encode ÷ _addmm_activation", "share of the rate of products")
+    check(up, "two steps", "two steps, h too ÷ _addmm_activation", "two steps: share of the rate of products")
     packing = gpu.packing(TIMER, (130, 300), 0.1, rate["copy_bytes_per_s"])
     check(packing, "encode: rate ÷ a copy's", "decode: rate ÷ a copy's", "encode ÷ to_sparse_csr")
     sae = gpu.sae(TIMER, (20, 16, 300), 0.05, 2)

@@ -150,6 +150,59 @@ def test_linear_relu_encode(
         assert_same_bits(h.cpu(), expected + 0.0 if return_dense else expected[:0])
 
 
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "shape", [(1, 8, 8), (17, 64, 256), (129, 768, 264), (1000, 1024, 520), (300, 8, 4096)], ids=str
+)
+@pytest.mark.parametrize("return_dense", [True, False])
+def test_the_fused_kernel(dtype: torch.dtype, shape: tuple[int, int, int], return_dense: bool) -> None:
+    """Both of its tiles, ragged in every direction; whole numbers, whose sums are exact."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the fused kernel is for Hopper")
+    n_tokens, _, n_features = shape
+    x, weight, bias = (t.cuda() for t in operands(shape, dtype))
+    threshold = whole_numbers(n_features, dtype=dtype, seed=3).clamp(min=0).cuda()
+    for b in (bias, None):
+        z = linear(x, weight, b)
+        for activation, expected in (
+            ("relu", z.relu()),
+            ("relu2", z.relu().square()),
+            ("jumprelu", torch.where(z > threshold, z, 0)),
+        ):
+            theta = threshold if activation == "jumprelu" else None
+            arena = ops.empty_arena(x, n_tokens, n_features)
+            h = torch.full_like(z, 7.0) if return_dense else None
+            assert ops.fused_linear_relu_encode_out(x, weight, b, activation, theta, h, arena)
+            assert_encodes(ops.canonicalise(arena), expected)
+            if h is not None:
+                assert_same_bits(h, expected + 0.0)
+
+
+@needs_cuda
+def test_what_the_fused_kernel_does_not_take_is_left_alone() -> None:
+    x, weight = torch.ones(4, 12, device="cuda", dtype=torch.bfloat16), torch.ones(8, 12, device="cuda").bfloat16()
+    for a, b in ((x, weight), (x.float()[:, :8], weight.float()[:, :8]), (x[:, 1:9], weight[:, 1:9])):
+        arena = ops.empty_arena(a, 4, 8)
+        assert not ops.fused_linear_relu_encode_out(a, b, None, "relu", None, None, arena)
+        assert arena.cursor.item() == 0
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "FUSED", True)
+
+
+@needs_cuda
+@pytest.mark.usefixtures("fused")
+def test_the_fused_way_is_that_of_two_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "ARENA_BYTES", 1 << 18)  # in pieces
+    x, weight, bias = (t.cuda() for t in operands((700, 64, 520), torch.bfloat16))
+    h, enc = pyfacts.linear_relu_encode(x, weight, bias, return_dense=True)
+    assert_same_bits(h, linear(x, weight, bias).relu() + 0.0)
+    assert_same_bits(enc.to_dense(), h)
+
+
 @on_each_device
 @of_each_dtype
 @some_shapes
