@@ -4,8 +4,8 @@
 // The product is CUTLASS': a persistent kernel in which one warp fetches tiles by TMA and two warpgroups multiply them
 // with WGMMA. Its epilogue is ours. A tile is 256 features wide, a column of the encoding, and WGMMA leaves 16 tokens
 // of it to each warp, two groups: so every warp adds the bias, rounds, applies the activation, lays the rows of one
-// group and then of the other out in its own piece of shared memory, and packs them (pack.cuh) without waiting for any
-// other warp. Dense h never exists, unless it is asked for; then it is written from those same rows.
+// group and then of the other out in its own piece of shared memory, and packs them (pack_product.cuh) without waiting
+// for any other warp. Dense h never exists, unless it is asked for; then it is written from those same rows.
 //
 // Two shapes of tile. 128 x 256 (cooperative: both warpgroups on one tile) reads fewer operand bytes per product, but
 // the tensor cores idle while it packs; 64 x 256 (ping-pong: each warpgroup has a tile of its own) packs one tile while
@@ -25,9 +25,8 @@
 #include <cutlass/gemm/collective/collective_builder.hpp>
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
 
-#include "accumulators.cuh"
 #include "linear_relu_encode.h"
-#include "pack.cuh"
+#include "pack_product.cuh"
 
 namespace pyfacts::cuda {
 
@@ -42,39 +41,49 @@ struct PairOf;
 template <>
 struct PairOf<cutlass::bfloat16_t> {
   using Type = __nv_bfloat162;
-  static __device__ __forceinline__ Type round(float a, float b) { return __floats2bfloat162_rn(a, b); }
-  static __device__ __forceinline__ float2 widen(Type pair) { return __bfloat1622float2(pair); }
+  static CUTLASS_HOST_DEVICE Type round(float low, float high) { return __floats2bfloat162_rn(low, high); }
+  static CUTLASS_HOST_DEVICE float2 widen(Type pair) { return __bfloat1622float2(pair); }
 };
 template <>
 struct PairOf<cutlass::half_t> {
   using Type = __half2;
-  static __device__ __forceinline__ Type round(float a, float b) { return __floats2half2_rn(a, b); }
-  static __device__ __forceinline__ float2 widen(Type pair) { return __half22float2(pair); }
+  static CUTLASS_HOST_DEVICE Type round(float low, float high) { return __floats2half2_rn(low, high); }
+  static CUTLASS_HOST_DEVICE float2 widen(Type pair) { return __half22float2(pair); }
 };
 
-template <typename Pair>
-CUTLASS_HOST_DEVICE uint32_t bits_of(Pair pair) {
-  return *reinterpret_cast<const uint32_t*>(&pair);
-}
-template <typename Pair>
-CUTLASS_HOST_DEVICE Pair pair_of(uint32_t bits) {
-  return *reinterpret_cast<const Pair*>(&bits);
-}
+// What pack_product() asks for, with pairs as their bits.
+template <typename Element>
+struct Numbers {
+  using Pair = typename PairOf<Element>::Type;
 
-// __hmax2_nan keeps a NaN and takes +0.0 over -0.0; of the toolkit's host versions one does so only in this order.
-template <Activation kActivation, typename Pair>
-CUTLASS_HOST_DEVICE uint32_t activate(Pair z, Pair threshold) {
-  const Pair zero = pair_of<Pair>(0);
-  if constexpr (kActivation == Activation::relu) {
-    return bits_of(__hmax2_nan(zero, z));
-  } else if constexpr (kActivation == Activation::relu2) {
-    const Pair h = __hmax2_nan(zero, z);
-    return bits_of(__hmul2(h, h));
-  } else {
-    // All ones where z > threshold or either is NaN.
-    return bits_of(z) & __hgtu2_mask(z, __hmax2(threshold, zero));
+  static CUTLASS_HOST_DEVICE uint32_t bits(Pair pair) { return *reinterpret_cast<const uint32_t*>(&pair); }
+  static CUTLASS_HOST_DEVICE Pair pair(uint32_t bits) { return *reinterpret_cast<const Pair*>(&bits); }
+
+  static CUTLASS_HOST_DEVICE uint32_t add(float low, float high, uint32_t bias) {
+    const float2 wide = PairOf<Element>::widen(pair(bias));
+    return bits(PairOf<Element>::round(low + wide.x, high + wide.y));
   }
-}
+
+  // __hmax2_nan keeps a NaN and takes +0.0 over -0.0; of the toolkit's host versions one does so only in this order.
+  template <Activation kActivation>
+  static CUTLASS_HOST_DEVICE uint32_t activate(uint32_t z, uint32_t threshold) {
+    const Pair zero = pair(0);
+    if constexpr (kActivation == Activation::relu) {
+      return bits(__hmax2_nan(zero, pair(z)));
+    } else if constexpr (kActivation == Activation::relu2) {
+      const Pair h = __hmax2_nan(zero, pair(z));
+      return bits(__hmul2(h, h));
+    } else {
+      // All ones where z > threshold or either is NaN.
+      return z & __hgtu2_mask(pair(z), __hmax2(pair(threshold), zero));
+    }
+  }
+
+  static CUTLASS_DEVICE void stmatrix(const uint32_t* registers, uint16_t* at) {
+    cute::SM90_U32x4_STSM_N::copy(registers[0], registers[1], registers[2], registers[3],
+                                  *reinterpret_cast<cute::uint128_t*>(at));
+  }
+};
 
 // The epilogue, for CUTLASS' adapter of epilogues that load nothing.
 template <typename Element_, int kWarps>
@@ -85,21 +94,12 @@ class PackingEpilogue {
   using StrideC = cute::Stride<int64_t, cute::Int<1>, int64_t>;
   using StrideD = StrideC;
 
-  using T = uint16_t;  // the bits of an element
-
   // One for each warp. Aligned so that the operands, which follow it, begin on the 1,024 bytes of the swizzle's period.
   struct alignas(1024) SharedStorage {
-    Staging<T> warp[kWarps];
+    Staging<uint16_t> warp[kWarps];
   };
 
-  struct Arguments {
-    Arena arena;
-    const ElementD* bias;
-    const ElementD* threshold;
-    ElementD* dense;
-    int64_t dense_row_stride;
-    Activation activation;
-  };
+  using Arguments = ProductOut;
   using Params = Arguments;
 
   template <typename ProblemShape>
@@ -129,128 +129,15 @@ class PackingEpilogue {
                                  const Accumulators& accumulators, TiledMma, const Residue&, int thread,
                                  char* shared) const {
     static_assert(cute::size<1>(TileShape{}) == kColumnWidth);
-    static_assert(cute::size<0>(TileShape{}) == kWarps * kWarpTokens && kWarpTokens == kHalves * kGroupTokens);
+    static_assert(cute::size<0>(TileShape{}) == kWarps * kWarpTokens);
     static_assert(cute::size(Accumulators{}) == kAccumulators);
-    const int64_t column = cute::get<1>(tile);
-    const int width = static_cast<int>(column_width(params_.arena.n_features, column));
-    if (width <= 0) return;  // the scheduler may round the grid of tiles up
-
-    const int lane = thread % kWarpLanes;
     const int warp = thread / kWarpLanes;
-    Staging<T>& staging = reinterpret_cast<SharedStorage*>(shared)->warp[warp];
     const int64_t first_token = (static_cast<int64_t>(cute::get<0>(tile)) * kWarps + warp) * kWarpTokens;
-
-    uint32_t second[kStores * kStoreMatrices];  // the second group, while the first is packed
-    switch (params_.activation) {
-      case Activation::relu:
-        stage<Activation::relu>(accumulators, column, width, lane, staging.rows, second);
-        break;
-      case Activation::relu2:
-        stage<Activation::relu2>(accumulators, column, width, lane, staging.rows, second);
-        break;
-      case Activation::jumprelu:
-        stage<Activation::jumprelu>(accumulators, column, width, lane, staging.rows, second);
-        break;
-    }
-    // One loop, so that the code for packing, which is long, is there once.
-    CUTLASS_PRAGMA_NO_UNROLL
-    for (int half = 0; half < kHalves; ++half) {
-      if (half == 1) {
-        CUTLASS_PRAGMA_UNROLL
-        for (int store = 0; store < kStores; ++store) {
-          store_matrices(second + store * kStoreMatrices, store, lane, staging.rows);
-        }
-      }
-      __syncwarp();
-      const int64_t token = first_token + half * kGroupTokens;
-      const int64_t tokens_left = params_.arena.n_tokens - token;
-      if (tokens_left >= kGroupTokens && width == kColumnWidth) {
-        pack(column, token, kGroupTokens, kColumnWidth, lane, staging);
-      } else if (tokens_left > 0) {
-        pack(column, token, static_cast<int>(tokens_left < kGroupTokens ? tokens_left : kGroupTokens), width, lane,
-             staging);
-      }
-      __syncwarp();  // nobody reads the staging memory any more, and WGMMA wants its warps whole
-    }
+    pack_product<Numbers<Element_>>(params_, accumulators, cute::get<1>(tile), first_token, thread % kWarpLanes,
+                                    reinterpret_cast<SharedStorage*>(shared)->warp[warp]);
   }
 
  private:
-  using Pairs = PairOf<ElementD>;
-  using Pair = typename Pairs::Type;
-
-  // The biases or thresholds of a column, spread over the lanes, which hand them to whoever is at that feature. Loaded
-  // where they are needed they would be 32 loads a lane, which the compiler starts early, and spills for.
-  struct ColumnPairs {
-    uint32_t pair[kPairRegisters];
-
-    CUTLASS_DEVICE ColumnPairs(const ElementD* row, int width, int lane) {
-      CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < kPairRegisters; ++i) {
-        const int feature = 2 * (kWarpLanes * i + lane);
-        // Features come by the octet: a pair is in the column as a whole or not at all.
-        pair[i] = feature < width ? __ldg(reinterpret_cast<const unsigned*>(row + feature)) : 0u;
-      }
-    }
-    CUTLASS_DEVICE Pair of(int store, int matrix, int lane) const {
-      return pair_of<Pair>(__shfl_sync(kAllLanes, pair[pair_register(store, matrix)], pair_lane(store, matrix, lane)));
-    }
-  };
-
-  static CUTLASS_DEVICE void store_matrices(const uint32_t* registers, int store, int lane, StagedRows<T>& rows) {
-    T* const at = &rows.row[store_row(lane)][store_feature(store, lane)];
-    cute::SM90_U32x4_STSM_N::copy(registers[0], registers[1], registers[2], registers[3],
-                                  *reinterpret_cast<cute::uint128_t*>(at));
-  }
-
-  // Lays the first group out in `rows`, and leaves the second one in the registers in which it will be stored.
-  template <Activation kActivation, typename Accumulators>
-  CUTLASS_DEVICE void stage(const Accumulators& accumulators, int64_t column, int width, int lane, StagedRows<T>& rows,
-                            uint32_t (&second)[kStores * kStoreMatrices]) const {
-    constexpr bool kHasThreshold = kActivation == Activation::jumprelu;
-    const ColumnPairs biases(params_.bias + column * kColumnWidth, params_.bias != nullptr ? width : 0, lane);
-    const ColumnPairs thresholds(params_.threshold + column * kColumnWidth, kHasThreshold ? width : 0, lane);
-    CUTLASS_PRAGMA_UNROLL
-    for (int store = 0; store < kStores; ++store) {
-      uint32_t first[kStoreMatrices];
-      CUTLASS_PRAGMA_UNROLL
-      for (int matrix = 0; matrix < kStoreMatrices; ++matrix) {
-        const float2 bias = Pairs::widen(biases.of(store, matrix, lane));
-        const Pair threshold = kHasThreshold ? thresholds.of(store, matrix, lane) : Pair();
-        CUTLASS_PRAGMA_UNROLL
-        for (int half = 0; half < kHalves; ++half) {
-          const int i = accumulator_of(half, store, matrix);
-          const Pair z = Pairs::round(accumulators(i) + bias.x, accumulators(i + 1) + bias.y);
-          uint32_t& h = half == 0 ? first[matrix] : second[store * kStoreMatrices + matrix];
-          h = activate<kActivation>(z, threshold);
-        }
-      }
-      store_matrices(first, store, lane, rows);
-    }
-  }
-
-  // Packs the group in the staging memory, and writes it to the dense result as well.
-  CUTLASS_DEVICE void pack(int64_t column, int64_t first_token, int n_tokens, int width, int lane,
-                           Staging<T>& staging) const {
-    constexpr Stored kStored = {0, false};  // what is not zero
-    const int feature = kOctet * lane;
-    Octet<T> octets[kGroupTokens];
-    CUTLASS_PRAGMA_UNROLL
-    for (int i = 0; i < kGroupTokens; ++i) {
-      // Beyond the last token and feature TMA filled in zeros, but infinity * 0 is not 0.
-      octets[i] = i < n_tokens && feature < width ? load_octet(&staging.rows.row[i][feature]) : Octet<T>{};
-    }
-    if (params_.dense != nullptr && feature < width) {
-      T* const dense = reinterpret_cast<T*>(params_.dense) + first_token * params_.dense_row_stride +
-                       column * kColumnWidth + feature;
-      CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < kGroupTokens; ++i) {
-        if (i < n_tokens) store_octet(dense + i * params_.dense_row_stride, octets[i]);
-      }
-    }
-    pack_group(params_.arena, column, first_token, n_tokens, width, lane, kStored, octets, staging,
-               [&](uint64_t units) { return place_warp(params_.arena.cursor, units, lane); });
-  }
-
   Params params_;
 };
 
@@ -308,11 +195,11 @@ cudaError_t launch(const Linear& linear, const DenseOut& dense, const Arena& out
   arguments.mainloop.ptr_B = static_cast<const Element*>(linear.weight);
   arguments.mainloop.dB = stride(linear.n_features, linear.weight_row_stride);
   arguments.epilogue = {out,
-                        static_cast<const Element*>(linear.bias),
-                        static_cast<const Element*>(linear.threshold),
-                        static_cast<Element*>(dense.data),
-                        dense.row_stride,
-                        linear.activation};
+                        linear.activation,
+                        static_cast<const uint16_t*>(linear.bias),
+                        static_cast<const uint16_t*>(linear.threshold),
+                        static_cast<uint16_t*>(dense.data),
+                        dense.row_stride};
   arguments.hw_info.sm_count = n_multiprocessors;
   arguments.scheduler.max_swizzle_size =
       swizzle_of(ceil_div(ceil_div(linear.n_tokens, kTileTokens), kClusterTokens), n_columns(linear.n_features));

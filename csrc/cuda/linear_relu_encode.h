@@ -6,13 +6,10 @@
 
 #include <cstdint>
 
+#include "activation.h"
 #include "arena.h"
 
 namespace pyfacts::cuda {
-
-// With z = x Wᵀ + b rounded to the dtype, once: relu max(z, 0); relu2 its square, rounded again; jumprelu z where it
-// exceeds the feature's threshold, or 0 where that is negative, else 0. All of them keep a NaN, and none yields -0.0.
-enum class Activation : uint8_t { relu, relu2, jumprelu };
 
 // x [n_tokens, d_in] and weight [n_features, d_in], as of nn.Linear, with unit stride in d_in.
 struct Linear {

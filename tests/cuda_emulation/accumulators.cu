@@ -98,11 +98,10 @@ Element element_of(uint32_t bits) {
 // All z, two at a time and different ones, against the same in float.
 template <typename Element, Activation kActivation>
 void check_activation(float threshold) {
-  using Pair = typename PairOf<Element>::Type;
   const uint32_t threshold_bits = Element(threshold).raw();
   for (uint32_t low = 0; low < 0x10000; ++low) {
     const uint32_t high = 0xffff - low;
-    const uint32_t h = activate<kActivation>(pair_of<Pair>(high << 16 | low), pair_of<Pair>(threshold_bits * 0x10001));
+    const uint32_t h = Numbers<Element>::template activate<kActivation>(high << 16 | low, threshold_bits * 0x10001);
     for (const bool upper : {false, true}) {
       const float z = static_cast<float>(element_of<Element>(upper ? high : low));
       const uint32_t bits = upper ? h >> 16 : h & 0xffff;
