@@ -17,6 +17,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cutlass/arch/arch.h>
+#include <cutlass/arch/memory.h>
 #include <cutlass/device_kernel.h>
 
 #include <cute/arch/copy_sm90.hpp>
@@ -82,6 +83,12 @@ struct Numbers {
   static CUTLASS_DEVICE void stmatrix(const uint32_t* registers, uint16_t* at) {
     cute::SM90_U32x4_STSM_N::copy(registers[0], registers[1], registers[2], registers[3],
                                   *reinterpret_cast<cute::uint128_t*>(at));
+  }
+
+  // Written as an assignment, nvcc 13.0 makes four stores of it in these kernels.
+  static CUTLASS_DEVICE void store_unit(uint16_t* at, const Unit& unit) {
+    const uint4 words = make_uint4(unit.word[0], unit.word[1], unit.word[2], unit.word[3]);
+    cutlass::arch::global_store<uint4, sizeof(uint4)>(words, at, true);
   }
 };
 

@@ -5,7 +5,7 @@
 // first is packed: staging memory for both would cost the product a stage of its pipeline.
 //
 // This is CUDA without the toolkit's headers: tests/cuda_emulation compiles it as host C++, lane by lane. What those
-// would be needed for, arithmetic on pairs of 2-byte numbers and stmatrix, is a parameter.
+// would be needed for, arithmetic on pairs of 2-byte numbers and two kinds of stores, is a parameter.
 #pragma once
 
 #include "accumulators.cuh"
@@ -77,6 +77,7 @@ __device__ __forceinline__ void stage_product(const ProductOut& out, const Accum
 }
 
 // Packs the group in the staging memory, and writes it to the dense result as well.
+template <typename Numbers>
 __device__ __forceinline__ void pack_staged(const ProductOut& out, int64_t column, int64_t first_token, int n_tokens,
                                             int width, int lane, Staging<uint16_t>& staging) {
   constexpr Stored kNotZero = {0, false};
@@ -91,7 +92,7 @@ __device__ __forceinline__ void pack_staged(const ProductOut& out, int64_t colum
     uint16_t* const dense = out.dense + first_token * out.dense_row_stride + column * kColumnWidth + feature;
 #pragma unroll
     for (int i = 0; i < kGroupTokens; ++i) {
-      if (i < n_tokens) store_octet(dense + i * out.dense_row_stride, octets[i]);
+      if (i < n_tokens) Numbers::store_unit(dense + i * out.dense_row_stride, octets[i].unit[0]);
     }
   }
   pack_group(out.arena, column, first_token, n_tokens, width, lane, kNotZero, octets, staging,
@@ -101,7 +102,8 @@ __device__ __forceinline__ void pack_staged(const ProductOut& out, int64_t colum
 // accumulators(i) is this lane's i-th. first_token and column may lie beyond the matrix, as tiles do. Numbers has
 //   uint32_t add(float low, float high, uint32_t bias)         both sums, each rounded once
 //   uint32_t activate<Activation>(uint32_t z, uint32_t threshold)
-//   void stmatrix(const uint32_t registers[4], uint16_t* at)   by the whole warp
+//   void stmatrix(const uint32_t registers[4], uint16_t* at)   by the whole warp, to shared memory
+//   void store_unit(uint16_t* at, const Unit& unit)            to global memory
 // All lanes take part.
 template <typename Numbers, typename Accumulators>
 __device__ __forceinline__ void pack_product(const ProductOut& out, const Accumulators& accumulators, int64_t column,
@@ -133,10 +135,10 @@ __device__ __forceinline__ void pack_product(const ProductOut& out, const Accumu
     const int64_t token = first_token + half * kGroupTokens;
     const int64_t tokens_left = out.arena.n_tokens - token;
     if (tokens_left >= kGroupTokens && width == kColumnWidth) {
-      pack_staged(out, column, token, kGroupTokens, kColumnWidth, lane, staging);
+      pack_staged<Numbers>(out, column, token, kGroupTokens, kColumnWidth, lane, staging);
     } else if (tokens_left > 0) {
       const int n_tokens = static_cast<int>(tokens_left < kGroupTokens ? tokens_left : kGroupTokens);
-      pack_staged(out, column, token, n_tokens, width, lane, staging);
+      pack_staged<Numbers>(out, column, token, n_tokens, width, lane, staging);
     }
     __syncwarp();  // nobody reads the staging memory any more, and WGMMA wants its warps whole
   }
