@@ -41,7 +41,7 @@ __device__ __forceinline__ void decode_run(const cpu::Encoding& e, T zero_mask, 
       const Octet<T> octet = load_octet(&staged.row[i][kOctet * lane]);
       if (first + i >= run.n_tokens) continue;
       if (out.aligned && n_left >= kOctet) {
-        store_octet(to + i * out.row_stride, octet);
+        store_octet_global(to + i * out.row_stride, octet);
       } else {
         store_ragged(to + i * out.row_stride, octet, n_left);
       }

@@ -84,12 +84,6 @@ struct Numbers {
     cute::SM90_U32x4_STSM_N::copy(registers[0], registers[1], registers[2], registers[3],
                                   *reinterpret_cast<cute::uint128_t*>(at));
   }
-
-  // Written as an assignment, nvcc 13.0 makes four stores of it in these kernels.
-  static CUTLASS_DEVICE void store_unit(uint16_t* at, const Unit& unit) {
-    const uint4 words = make_uint4(unit.word[0], unit.word[1], unit.word[2], unit.word[3]);
-    cutlass::arch::global_store<uint4, sizeof(uint4)>(words, at, true);
-  }
 };
 
 // The epilogue, for CUTLASS' adapter of epilogues that load nothing.

@@ -34,9 +34,21 @@ __device__ __forceinline__ Octet<T> load_octet(const T* at) {
   return *reinterpret_cast<const Octet<T>*>(at);
 }
 
+// To shared memory.
 template <typename T>
 __device__ __forceinline__ void store_octet(T* at, const Octet<T>& octet) {
   *reinterpret_cast<Octet<T>*>(at) = octet;
+}
+
+// To global memory, of a matrix as a whole larger than the caches: what is written first may leave them first. (Of an
+// assignment beside store_ragged() nvcc 13.0 makes four stores of 4 bytes.)
+template <typename T>
+__device__ __forceinline__ void store_octet_global(T* at, const Octet<T>& octet) {
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(octet) / kUnitBytes); ++i) {
+    const auto& word = octet.unit[i].word;
+    __stcs(reinterpret_cast<uint4*>(at) + i, make_uint4(word[0], word[1], word[2], word[3]));
+  }
 }
 
 // Of a row that ends within the octet, or before it, or begins at any address: zeros, which are never stored, fill it.

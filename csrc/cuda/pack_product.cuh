@@ -92,7 +92,7 @@ __device__ __forceinline__ void pack_staged(const ProductOut& out, int64_t colum
     uint16_t* const dense = out.dense + first_token * out.dense_row_stride + column * kColumnWidth + feature;
 #pragma unroll
     for (int i = 0; i < kGroupTokens; ++i) {
-      if (i < n_tokens) Numbers::store_unit(dense + i * out.dense_row_stride, octets[i].unit[0]);
+      if (i < n_tokens) store_octet_global(dense + i * out.dense_row_stride, octets[i]);
     }
   }
   pack_group(out.arena, column, first_token, n_tokens, width, lane, kNotZero, octets, staging,
@@ -103,7 +103,6 @@ __device__ __forceinline__ void pack_staged(const ProductOut& out, int64_t colum
 //   uint32_t add(float low, float high, uint32_t bias)         both sums, each rounded once
 //   uint32_t activate<Activation>(uint32_t z, uint32_t threshold)
 //   void stmatrix(const uint32_t registers[4], uint16_t* at)   by the whole warp, to shared memory
-//   void store_unit(uint16_t* at, const Unit& unit)            to global memory
 // All lanes take part.
 template <typename Numbers, typename Accumulators>
 __device__ __forceinline__ void pack_product(const ProductOut& out, const Accumulators& accumulators, int64_t column,

@@ -50,8 +50,6 @@ struct EmulatedNumbers {
       std::memcpy(reinterpret_cast<uint8_t*>(row) + 4 * (lane % 4), &registers[matrix], 4);
     }
   }
-
-  static void store_unit(uint16_t* at, const Unit& unit) { *reinterpret_cast<Unit*>(at) = unit; }
 };
 
 struct Shared {
