@@ -19,18 +19,18 @@ bool decode_tile(const Encoding& encoding, int64_t first_token, int64_t first_co
   const int64_t item = item_bytes(encoding.dtype);
   const int64_t columns = n_columns(encoding.n_features);
   const int64_t tiles = n_tiles(encoding.n_tokens);
-  const int64_t n = columns - first_column < kGroupColumns ? columns - first_column : kGroupColumns;
+  const int64_t n = columns - first_column < kUnpackColumns ? columns - first_column : kUnpackColumns;
   const int64_t left = encoding.n_tokens - first_token;
   const int64_t n_rows = left < kTileTokens ? left : kTileTokens;
 
-  alignas(64) uint8_t counts[kTileTokens * kGroupColumns];
-  const uint8_t* index[kGroupColumns];
-  const uint8_t* values[kGroupColumns];
-  RunReader index_runs[kGroupColumns];
-  RunReader value_runs[kGroupColumns];
+  alignas(64) uint8_t counts[kTileTokens * kUnpackColumns];
+  const uint8_t* index[kUnpackColumns];
+  const uint8_t* values[kUnpackColumns];
+  RunReader index_runs[kUnpackColumns];
+  RunReader value_runs[kUnpackColumns];
   for (int64_t c = 0; c < n; ++c) {
     const uint8_t* column_counts = encoding.counts + (first_column + c) * encoding.n_tokens + first_token;
-    for (int64_t row = 0; row < n_rows; ++row) counts[row * kGroupColumns + c] = column_counts[row];
+    for (int64_t row = 0; row < n_rows; ++row) counts[row * kUnpackColumns + c] = column_counts[row];
 
     const int64_t run = (first_column + c) * tiles + first_token / kTileTokens;
     const bool last = run + 1 == columns * tiles;
@@ -58,13 +58,13 @@ bool decode_tile(const Encoding& encoding, int64_t first_token, int64_t first_co
 Status decode(const Encoding& encoding, bool signed_zero, void* out, int64_t row_stride, ParallelFor parallel_for) {
   const Status layout = check_layout(encoding, parallel_for);
   if (!layout.ok()) return layout;
-  const int64_t groups = ceil_div(n_columns(encoding.n_features), kGroupColumns);
+  const int64_t groups = ceil_div(n_columns(encoding.n_features), kUnpackColumns);
   const int64_t row_bytes = row_stride * item_bytes(encoding.dtype);
   const int64_t out_bytes = row_bytes * encoding.n_tokens;
   const uint32_t zero_mask = nonzero_mask(encoding.dtype, signed_zero);
   advise_huge_pages(out, out_bytes);
   const Status status = parallel_check(n_tiles(encoding.n_tokens) * groups, parallel_for, [&](int64_t task) -> Status {
-    const bool ok = decode_tile(encoding, task / groups * kTileTokens, task % groups * kGroupColumns, zero_mask,
+    const bool ok = decode_tile(encoding, task / groups * kTileTokens, task % groups * kUnpackColumns, zero_mask,
                                 static_cast<uint8_t*>(out), row_bytes, out_bytes >= kStreamBytes);
     return {ok ? Fault::none : Fault::bitmap_count, -1, -1};
   });

@@ -1,10 +1,11 @@
 // Encodes blocks as they come, each read once: a tile is packed in the cache (tile_packer.h), its runs move, end to
 // end, to staging slabs, and finish() copies them to their places once the sizes of all columns are known.
 //
-// Floor at 3 % of 4096 x 16384 bf16: 134 MB read once, 5.5 ms at the 24 GB/s of one Zen 4 core, and 9 MB moved twice
-// more. memcpy of the input takes 10 to 13 ms, so that 1.9 x memcpy was predicted. Measured, in reused memory: 1.5 to
-// 1.6 x (1 %: 1.8, 10 %: 1.3), and 0.85 x before rows were prefetched into L2 and staging went past the caches. On Zen
-// 5, whose memcpy takes 6.3 ms: 1.0 to 1.3 x.
+// Floor at 3 % of 4096 x 16384 bf16: 134 MB read once, 4.1 ms at the 33 GB/s of one Zen 5 core, and 9 MB moved twice
+// more; memcpy takes 6.8 ms. Measured, in reused memory: 1.4 x memcpy (1 %: 1.5, 10 %: 1.1, 30 %: 0.87, 50 %: 0.65),
+// fp32 1.5 to 0.9 x. That took 8 columns at a time and not 16, prefetches into L1 behind those into L2 and across
+// tiles, and what a tile's loop needs in registers: 1.2, 1.2, 0.95, 0.6, 0.55 x before. On Zen 4, with 16 columns: 1.8
+// to 1.3 x.
 #include <mutex>
 #include <vector>
 
@@ -104,9 +105,9 @@ void Encoder::add(const Dense& block, int64_t first_token, int64_t first_feature
       const int64_t first_column = first_column_of_block + groups.first_column_of(task);
       const int64_t tile = first_tile + groups.tile_of(task);
       const DenseTile x = groups.group(task);
-      packer.pack(x, groups.item());
-      scatter_counts(packer.counts(), kGroupColumns, x.n_rows, x.n_columns,
-                     s.counts + first_column * s.n_tokens + tile * kTileTokens, s.n_tokens);
+      packer.pack(x, groups.rows(task + 1 < end ? task + 1 : task), groups.item());
+      copy_counts(packer.counts(), x.n_rows, x.n_columns, s.counts + first_column * s.n_tokens + tile * kTileTokens,
+                  s.n_tokens);
       for (int64_t c = 0; c < x.n_columns; ++c) {
         s.runs[(first_column + c) * tiles + tile] = s.stage(packer.run(c), &staging);
       }

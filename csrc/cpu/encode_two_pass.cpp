@@ -1,10 +1,9 @@
 // Encodes a matrix that is all there in two passes: count() learns how large the planes are, pack() packs each tile in
 // the cache and streams it to its place.
 //
-// Reading twice and moving the packed bytes once beats reading once and moving them three times (encode.cpp) where much
-// is stored. Floor at 50 % of 4096 x 16384 bf16: 2 x 134 MB read, 75 MB written. Predicted 14 ms at the 25 GB/s at
-// which one core of a Zen 4 copies (memcpy 11.7 ms); measured 16.1 into touched memory, where one pass took 46 to 60:
-// 0.74 x memcpy, fp32 0.72 x. At 20 % the two are equal.
+// For what is too large to be staged (encode.cpp) in memory that the pool keeps: fresh memory costs more than reading
+// twice. Floor at 50 % of 4096 x 16384 fp32: 2 x 268 MB read, 142 MB written, 17 ms at the 40 GB/s of one Zen 5 core;
+// measured 21.4, 0.63 x memcpy, where staging takes 18.5, 0.74 x. On Zen 4: 0.72 x.
 #include <atomic>
 #include <numeric>
 #include <vector>
@@ -15,9 +14,6 @@
 namespace pyfacts::cpu {
 namespace {
 
-// Below this size the staging of one pass stays in the caches.
-constexpr int64_t kTwoPassBytes = int64_t{16} << 20;
-constexpr double kTwoPassDensity = 0.2;
 constexpr int64_t kSampleRows = 32;
 
 void count_tile(const DenseTile& x, int64_t item, uint8_t* counts, int64_t* n_values) {
@@ -49,8 +45,12 @@ PlaneSizes starts_from_sizes(int64_t* tile_ptr, int64_t n_runs) {
 }
 
 bool suits_two_passes(const Dense& x, Keep keep) {
-  const DenseGroups groups(x, keep);
-  return x.n_tokens * x.n_features * groups.item() >= kTwoPassBytes && sample_density(groups, x) > kTwoPassDensity;
+  const auto packed_bytes = [&](double density) {
+    const double index_bytes = density < 1.0 / 8 ? density : 1.0 / 8;
+    return static_cast<double>(x.n_tokens * x.n_features) * (density * item_bytes(x.dtype) + index_bytes);
+  };
+  constexpr auto kStaged = static_cast<double>(kPooledBytes);
+  return packed_bytes(1) > kStaged && packed_bytes(sample_density(DenseGroups(x, keep), x)) > kStaged;
 }
 
 PlaneSizes count(const Dense& x, Keep keep, uint8_t* counts, int64_t* tile_ptr, ParallelFor parallel_for) {
@@ -62,14 +62,14 @@ PlaneSizes count(const Dense& x, Keep keep, uint8_t* counts, int64_t* tile_ptr, 
     std::vector<int64_t> n_values(columns);
     for (int64_t t = begin; t < end; ++t) {
       const DenseTile tile = groups.whole_rows(t);
-      uint8_t* const first = counts + t * kTileTokens;
       count_tile(tile, groups.item(), tile_counts.data(), n_values.data());
-      scatter_counts(tile_counts.data(), columns, tile.n_rows, columns, first, x.n_tokens);
       for (int64_t c = 0; c < columns; ++c) {
         int64_t* const size = tile_ptr + 2 * (c * tiles + t);
         size[0] = 0;
         for (int64_t row = 0; row < tile.n_rows; ++row) {
-          size[0] += index_bytes(first[c * x.n_tokens + row], column_width(x.n_features, c));
+          const uint8_t n = tile_counts[row * columns + c];
+          counts[c * x.n_tokens + t * kTileTokens + row] = n;
+          size[0] += index_bytes(n, column_width(x.n_features, c));
         }
         size[1] = n_values[c];
       }
@@ -92,7 +92,7 @@ bool pack(const Dense& x, Keep keep, const int64_t* tile_ptr, PlaneSizes sizes, 
     TilePacker packer;
     for (int64_t task = begin; task < end && unchanged; ++task) {
       const DenseTile tile = groups.group(task);
-      packer.pack(tile, item);
+      packer.pack(tile, groups.rows(task + 1 < end ? task + 1 : task), item);
       for (int64_t c = 0; c < tile.n_columns; ++c) {
         const int64_t i = (groups.first_column_of(task) + c) * tiles + groups.tile_of(task);
         const PlaneSizes start = {tile_ptr[2 * i], tile_ptr[2 * i + 1]};

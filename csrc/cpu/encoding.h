@@ -111,7 +111,7 @@ bool pack(const Dense& x, Keep keep, const int64_t* tile_ptr, PlaneSizes sizes, 
           ParallelFor parallel_for);
 // Turns the sizes of the runs in tile_ptr [n_runs, 2] into their starts; returns the sums.
 PlaneSizes starts_from_sizes(int64_t* tile_ptr, int64_t n_runs);
-// Whether these two passes are faster than an Encoder, by the matrix's size and by the density of some of its rows.
+// Whether these two passes are better than an Encoder, which stages all that it packs: by the density of some rows.
 bool suits_two_passes(const Dense& x, Keep keep);
 
 // Checks counts, plane sizes and tile_ptr against each other: after it, every segment lies in bounds.

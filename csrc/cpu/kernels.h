@@ -10,10 +10,10 @@
 
 namespace pyfacts::cpu {
 
-// Columns packed together: a row's part of a group is read (or written) in one sweep, while the 2 x 16 write streams
-// stay in L1 and the packed tile in L2. 32 columns were 8 % slower for bf16 at 10 % density, and a little faster at 1
-// %.
-constexpr int64_t kGroupColumns = 16;
+// Columns packed together, and unpacked together: a row's part of a group is read (or written) in one sweep, while the
+// streams of the columns' runs stay in L1 and the packed tile in L2.
+constexpr int64_t kPackColumns = 8;
+constexpr int64_t kUnpackColumns = 16;
 
 // Kernels may write this far beyond a run that they pack, and read this far beyond a run that they unpack.
 constexpr int64_t kSlackBytes = 64;
@@ -31,7 +31,7 @@ struct DenseTile {
 
 struct CountTile {
   DenseTile x;        // whole rows are read fastest
-  uint8_t* counts;    // [n_rows, n_columns] out
+  uint8_t* counts;    // [n_rows, n_columns] out: stores to one line a column would keep its lines out of L1
   int64_t* n_values;  // [n_columns] out: a count byte of 255 may stand for 256
 };
 
@@ -45,14 +45,15 @@ struct Search {
 };
 
 struct EncodeTile {
-  DenseTile x;       // n_columns <= kGroupColumns
-  uint8_t* counts;   // [n_rows, kGroupColumns] out
-  uint8_t** index;   // [n_columns] write cursors, advanced
-  uint8_t** values;  // [n_columns]
+  DenseTile x;               // n_columns <= kPackColumns
+  const uint8_t* next_rows;  // of the tile that is packed next, to prefetch; any address will do
+  uint8_t* counts;           // [n_columns, kTileTokens] out
+  uint8_t** index;           // [n_columns] write cursors, advanced
+  uint8_t** values;          // [n_columns]
 };
 
 struct DecodeTile {
-  const uint8_t* counts;  // [n_rows, kGroupColumns]
+  const uint8_t* counts;  // [n_rows, kUnpackColumns]
   const uint8_t** index;  // [n_columns] read cursors, advanced
   const uint8_t** values;
   int64_t n_rows;

@@ -14,7 +14,7 @@ namespace pyfacts::cpu {
 namespace {
 
 constexpr int64_t kHugePageBytes = int64_t{2} << 20;
-constexpr size_t kMaxPooledSlabs = (size_t{64} << 20) / kSlabBytes;
+constexpr size_t kMaxPooledSlabs = kPooledBytes / kSlabBytes;
 
 struct Pool {
   std::mutex mutex;

@@ -15,7 +15,8 @@ constexpr int64_t kStreamBytes = int64_t{8} << 20;
 // Throws std::bad_alloc.
 uint8_t* take_slab();
 
-// Back to the pool, which keeps up to 64 MiB and frees the rest.
+// Back to the pool, which keeps this much and frees the rest.
+constexpr int64_t kPooledBytes = int64_t{160} << 20;
 void return_slab(uint8_t* slab);
 
 // Asks for huge pages for the page-aligned interior of a large buffer that is about to be written. Only a hint.

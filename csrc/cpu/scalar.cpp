@@ -68,7 +68,7 @@ void for_segments(const DenseTile& x, Body body) {
 template <typename T>
 void encode(const EncodeTile& tile) {
   for_segments<T>(tile.x, [&](const uint8_t* x, int64_t width, const uint8_t* thresholds, int64_t row, int64_t c) {
-    tile.counts[row * kGroupColumns + c] =
+    tile.counts[c * kTileTokens + row] =
         encode_segment<T>(x, width, tile.x.predicate, thresholds, tile.index[c], tile.values[c]);
   });
 }
@@ -136,8 +136,8 @@ bool decode(const DecodeTile& tile) {
     uint8_t* out = tile.out + row * tile.row_bytes;
     for (int64_t c = 0; c < tile.n_columns; ++c) {
       const int64_t width = c + 1 < tile.n_columns ? kColumnWidth : tile.last_width;
-      if (!decode_segment<T>(tile.counts[row * kGroupColumns + c], width, tile.zero_mask, tile.index[c], tile.values[c],
-                             out + c * kColumnWidth * sizeof(T))) {
+      if (!decode_segment<T>(tile.counts[row * kUnpackColumns + c], width, tile.zero_mask, tile.index[c],
+                             tile.values[c], out + c * kColumnWidth * sizeof(T))) {
         return false;
       }
     }

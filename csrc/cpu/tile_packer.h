@@ -1,5 +1,5 @@
-// Packs a tile, 128 tokens of a group of 16 columns, into a scratch slab: a run of values and one of index bytes for
-// each column. The kernel walks the rows and appends each segment to its column's runs, whose 32 write streams stay in
+// Packs a tile, 128 tokens of a group of 8 columns, into a scratch slab: a run of values and one of index bytes for
+// each column. The kernel walks the rows and appends each segment to its column's runs, whose 16 write streams stay in
 // the cache; whoever asked for the tile moves the runs to where they belong.
 #pragma once
 
@@ -24,20 +24,21 @@ class DenseGroups {
 
   int64_t item() const { return item_bytes(x_.dtype); }
   int64_t columns() const { return columns_; }
-  int64_t groups() const { return ceil_div(columns_, kGroupColumns); }
+  int64_t groups() const { return ceil_div(columns_, kPackColumns); }
   int64_t tasks() const { return n_tiles(x_.n_tokens) * groups(); }
 
   // Task t is a group of a tile; groups go fastest, so that rows are read nearly in order.
   int64_t tile_of(int64_t task) const { return task / groups(); }
-  int64_t first_column_of(int64_t task) const { return task % groups() * kGroupColumns; }
+  int64_t first_column_of(int64_t task) const { return task % groups() * kPackColumns; }
 
   DenseTile group(int64_t task) const {
     const int64_t first_column = first_column_of(task);
     const int64_t columns_left = columns_ - first_column;
     const int64_t first_token = tile_of(task) * kTileTokens;
     return part(first_token, rows_from(first_token), first_column,
-                columns_left < kGroupColumns ? columns_left : kGroupColumns);
+                columns_left < kPackColumns ? columns_left : kPackColumns);
   }
+  const uint8_t* rows(int64_t task) const { return group(task).rows; }
   DenseTile whole_rows(int64_t tile) const {
     return part(tile * kTileTokens, rows_from(tile * kTileTokens), 0, columns_);
   }
@@ -73,22 +74,22 @@ struct PackedRun {
 // What one thread packs with. A run lives until the next pack().
 class TilePacker {
  public:
-  void pack(const DenseTile& x, int64_t item) {
-    uint8_t* index[kGroupColumns];
-    uint8_t* values[kGroupColumns];
+  void pack(const DenseTile& x, const uint8_t* next_rows, int64_t item) {
+    uint8_t* index[kPackColumns];
+    uint8_t* values[kPackColumns];
     for (int64_t c = 0; c < x.n_columns; ++c) {
       values[c] = slab_.get() + c * value_stride(item);
-      index[c] = slab_.get() + kGroupColumns * value_stride(item) + c * kIndexStride;
+      index[c] = slab_.get() + kPackColumns * value_stride(item) + c * kIndexStride;
       runs_[c] = {values[c], 0, index[c], 0};
     }
-    (item == 4 ? kernels().encode32 : kernels().encode16)({x, counts_, index, values});
+    (item == 4 ? kernels().encode32 : kernels().encode16)({x, next_rows, counts_, index, values});
     for (int64_t c = 0; c < x.n_columns; ++c) {
       runs_[c].value_bytes = values[c] - runs_[c].values;
       runs_[c].index_bytes = index[c] - runs_[c].index;
     }
   }
   const PackedRun& run(int64_t column) const { return runs_[column]; }
-  const uint8_t* counts() const { return counts_; }  // [n_rows, kGroupColumns]
+  const uint8_t* counts() const { return counts_; }  // [n_columns, kTileTokens]
 
  private:
   // Room for one column, whatever its density. The pad, 65 cache lines, puts the write positions of the columns into
@@ -97,19 +98,17 @@ class TilePacker {
   static constexpr int64_t kIndexStride = kTileTokens * (kColumnWidth / 8) + kStridePad;
   static constexpr int64_t value_stride(int64_t item) { return kTileTokens * kColumnWidth * item + kStridePad; }
   static_assert(kStridePad >= kSlackBytes);
-  static_assert(kGroupColumns * (kIndexStride + kTileTokens * kColumnWidth * 4 + kStridePad) <= kSlabBytes);
+  static_assert(kPackColumns * (kIndexStride + kTileTokens * kColumnWidth * 4 + kStridePad) <= kSlabBytes);
 
   std::unique_ptr<uint8_t, void (*)(uint8_t*)> slab_{take_slab(), return_slab};
-  PackedRun runs_[kGroupColumns];
-  alignas(64) uint8_t counts_[kTileTokens * kGroupColumns];
+  PackedRun runs_[kPackColumns];
+  alignas(64) uint8_t counts_[kPackColumns * kTileTokens];
 };
 
-// counts [n_columns, n_tokens], from the tile's first column and token on <- tile_counts [n_rows, row_stride]
-inline void scatter_counts(const uint8_t* tile_counts, int64_t row_stride, int64_t n_rows, int64_t columns,
-                           uint8_t* counts, int64_t n_tokens) {
-  for (int64_t c = 0; c < columns; ++c) {
-    for (int64_t row = 0; row < n_rows; ++row) counts[c * n_tokens + row] = tile_counts[row * row_stride + c];
-  }
+// counts [n_columns, n_tokens], from the tile's first column and token on <- tile_counts [columns, kTileTokens]
+inline void copy_counts(const uint8_t* tile_counts, int64_t n_rows, int64_t columns, uint8_t* counts,
+                        int64_t n_tokens) {
+  for (int64_t c = 0; c < columns; ++c) std::memcpy(counts + c * n_tokens, tile_counts + c * kTileTokens, n_rows);
 }
 
 // Copies to memory that will not be read soon, past the caches if there is much of it; kernels().fence() ends it.

@@ -77,13 +77,17 @@ constexpr BitPositions kBitPositions;
 
 // ---- Encode ---------------------------------------------------------------------------------------------------
 
-// Rows between the prefetch and the use of a row's part of a group. Into L2, not L1: Zen 4 keeps far more misses in
-// flight there, and reads 16 columns at a time at 21 GB/s instead of 10 (25 when it reads whole rows).
-constexpr int64_t kRowsAhead = 2;
+// Rows between the prefetch and the use of a row's part of a group. First into L2, where more misses can be in flight
+// than in L1 (Zen 4 reads 16 columns at 21 GB/s with it, and at 10 without or into L1). Then into L1: on Zen 5, a load
+// that misses L1 beside the stores of other segments may wait for them, and fp32 was read at 15 to 27 GB/s by chance of
+// the addresses; in L1 already, always at 30.
+constexpr int64_t kRowsToL2 = 3;
+constexpr int64_t kRowsToL1 = 2;
 
-inline void prefetch(const uint8_t* bytes, int64_t n_bytes) {
+inline void prefetch(const uint8_t* to_l2, const uint8_t* to_l1, int64_t n_bytes) {
   for (int64_t i = 0; i < n_bytes; i += kLineBytes) {
-    _mm_prefetch(reinterpret_cast<const char*>(bytes + i), _MM_HINT_T1);
+    _mm_prefetch(reinterpret_cast<const char*>(to_l2 + i), _MM_HINT_T1);
+    _mm_prefetch(reinterpret_cast<const char*>(to_l1 + i), _MM_HINT_T0);
   }
 }
 
@@ -150,29 +154,40 @@ int64_t encode_segment(Isa& isa, const uint8_t* x, const Predicate& predicate, c
 template <typename Isa, typename T, Rule rule>
 void encode_rows(const EncodeTile& tile) {
   constexpr int64_t kSegmentBytes = kColumnWidth * sizeof(T);
-  const DenseTile& dense = tile.x;
+  const DenseTile dense = tile.x;
   const bool narrow = dense.last_width < kColumnWidth;
   const int64_t n_full = dense.n_columns - (narrow ? 1 : 0);
   // A narrow segment is encoded as a full one with zeros behind it: +0.0 is never stored.
   alignas(kLineBytes) uint8_t padded[kSegmentBytes] = {};
+  uint8_t* index[kPackColumns];
+  uint8_t* values[kPackColumns];
+  std::memcpy(index, tile.index, dense.n_columns * sizeof(index[0]));
+  std::memcpy(values, tile.values, dense.n_columns * sizeof(values[0]));
   Isa isa;
   for (int64_t row = 0; row < dense.n_rows; ++row) {
     const uint8_t* x = dense.rows + row * dense.row_bytes;
-    const uint8_t* ahead = row + kRowsAhead < dense.n_rows ? x + kRowsAhead * dense.row_bytes : x;
-    uint8_t* counts = tile.counts + row * kGroupColumns;
+    const auto ahead = [&](int64_t rows) {
+      const int64_t beyond = row + rows - dense.n_rows;
+      return beyond < 0 ? x + rows * dense.row_bytes : tile.next_rows + beyond * dense.row_bytes;
+    };
+    const uint8_t* const to_l2 = ahead(kRowsToL2);
+    const uint8_t* const to_l1 = ahead(kRowsToL1);
+    uint8_t* const counts = tile.counts + row;
     for (int64_t c = 0; c < n_full; ++c) {
-      prefetch(ahead + c * kSegmentBytes, kSegmentBytes);
-      counts[c] = count_byte(encode_segment<Isa, T, rule>(isa, x + c * kSegmentBytes, dense.predicate,
-                                                          thresholds_of<rule, T>(dense, c), kColumnWidth / 8,
-                                                          tile.index[c], tile.values[c]));
+      prefetch(to_l2 + c * kSegmentBytes, to_l1 + c * kSegmentBytes, kSegmentBytes);
+      counts[c * kTileTokens] = count_byte(encode_segment<Isa, T, rule>(isa, x + c * kSegmentBytes, dense.predicate,
+                                                                        thresholds_of<rule, T>(dense, c),
+                                                                        kColumnWidth / 8, index[c], values[c]));
     }
     if (!narrow) continue;
     std::memcpy(padded, x + n_full * kSegmentBytes, dense.last_width * sizeof(T));
-    counts[n_full] =
+    counts[n_full * kTileTokens] =
         count_byte(encode_segment<Isa, T, rule>(isa, padded, dense.predicate, thresholds_of<rule, T>(dense, n_full),
-                                                (dense.last_width + 7) / 8, tile.index[n_full], tile.values[n_full]));
+                                                (dense.last_width + 7) / 8, index[n_full], values[n_full]));
   }
   isa.flush();
+  std::memcpy(tile.index, index, dense.n_columns * sizeof(index[0]));
+  std::memcpy(tile.values, values, dense.n_columns * sizeof(values[0]));
 }
 
 template <typename Isa, typename T>
@@ -180,14 +195,17 @@ void encode(const EncodeTile& tile) {
   with_rule(tile.x, [&](auto constant) { encode_rows<Isa, T, constant.rule>(tile); });
 }
 
-// Whole rows need no prefetch of ours.
+// Whole rows need no prefetch of ours. What the tile holds is copied, so that it is not read again behind every store:
+// that kept Zen 5 from reading fp32 faster than 18 GB/s (copied: 33).
 template <typename Isa, typename T, Rule rule>
 void count_rows(const CountTile& tile) {
   constexpr int64_t kSegmentBytes = kColumnWidth * sizeof(T);
-  const DenseTile& dense = tile.x;
+  const DenseTile dense = tile.x;
+  uint8_t* const counts = tile.counts;
+  int64_t* const n_values = tile.n_values;
   const int64_t n_full = dense.n_columns - (dense.last_width < kColumnWidth ? 1 : 0);
   alignas(kLineBytes) uint8_t padded[kSegmentBytes] = {};
-  for (int64_t c = 0; c < dense.n_columns; ++c) tile.n_values[c] = 0;
+  for (int64_t c = 0; c < dense.n_columns; ++c) n_values[c] = 0;
   for (int64_t row = 0; row < dense.n_rows; ++row) {
     const uint8_t* x = dense.rows + row * dense.row_bytes;
     for (int64_t c = 0; c < dense.n_columns; ++c, x += kSegmentBytes) {
@@ -196,8 +214,8 @@ void count_rows(const CountTile& tile) {
       Isa::template make_bitmap<T, rule>(c == n_full ? padded : x, dense.predicate, thresholds_of<rule, T>(dense, c),
                                          words);
       const int64_t n = popcount(words);
-      tile.counts[row * dense.n_columns + c] = count_byte(n);
-      tile.n_values[c] += n;
+      counts[row * dense.n_columns + c] = count_byte(n);
+      n_values[c] += n;
     }
   }
 }
@@ -268,7 +286,7 @@ void stream(const uint8_t* from, uint8_t* to, int64_t n_bytes) {
 template <typename Isa, typename T>
 bool decode(const DecodeTile& tile) {
   constexpr int64_t kSegmentBytes = kColumnWidth * sizeof(T);
-  alignas(kLineBytes) uint8_t buffer[kGroupColumns * kSegmentBytes + kLineBytes];
+  alignas(kLineBytes) uint8_t buffer[kUnpackColumns * kSegmentBytes + kLineBytes];
   const int64_t n_bytes = ((tile.n_columns - 1) * kColumnWidth + tile.last_width) * sizeof(T);
   bool ok = true;
   for (int64_t row = 0; row < tile.n_rows && ok; ++row) {
@@ -276,7 +294,7 @@ bool decode(const DecodeTile& tile) {
     uint8_t* x = buffer + (reinterpret_cast<uintptr_t>(out) & (kLineBytes - 1));
     for (int64_t c = 0; c < tile.n_columns && ok; ++c) {
       const int64_t width = c + 1 < tile.n_columns ? kColumnWidth : tile.last_width;
-      ok = decode_segment<Isa, T>(tile.counts[row * kGroupColumns + c], width, tile.zero_mask, tile.index[c],
+      ok = decode_segment<Isa, T>(tile.counts[row * kUnpackColumns + c], width, tile.zero_mask, tile.index[c],
                                   tile.values[c], x + c * kSegmentBytes);
     }
     write_out<Isa>(x, out, n_bytes, tile.stream);

@@ -377,14 +377,14 @@ void test_changed_matrix(DType dtype) {
 
 void test_suits_two_passes() {
   context = "suits_two_passes";
-  std::vector<float> x(2048 * 4096, 0.0f);
-  const auto suits = [&](int64_t n_tokens) {
-    return suits_two_passes({DType::float32, x.data(), 4096, n_tokens, 4096}, {});
+  std::vector<float> row(4096, 0.0f);
+  const auto suits = [&](int64_t n_tokens) {  // one row over and over
+    return suits_two_passes({DType::float32, row.data(), 0, n_tokens, 4096}, {});
   };
-  require(!suits(2048), "a sparse matrix goes in one pass");
-  for (size_t i = 0; i < x.size(); i += 2) x[i] = 1.0f;
-  require(suits(2048), "a dense one in two");
-  require(!suits(128), "a small one in one");
+  require(!suits(1 << 16), "a sparse matrix goes in one pass");
+  for (size_t i = 0; i < row.size(); i += 2) row[i] = 1.0f;
+  require(suits(1 << 16), "one that packs to 557 MB in two");
+  require(!suits(1 << 13), "one that packs to 70 MB in one");
 }
 
 // One broken encoding: decode and check must both name the fault, and its place.
