@@ -23,7 +23,7 @@ __m256i load256(const uint8_t* bytes) { return _mm256_loadu_si256(reinterpret_ca
 void store256(uint8_t* bytes, __m256i x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(bytes), x); }
 
 struct Avx2 {
-  static constexpr int64_t kFew = 12;
+  static constexpr int64_t kFew = 12, kSome = kMaxPositions;
   static void flush() {}
 
   static void clear(uint8_t* out, int64_t n_bytes) {
@@ -107,12 +107,6 @@ struct Avx2 {
         values += 4 * _mm_popcnt_u32(byte);
       }
     }
-  }
-
-  template <typename T>
-  static void pack_both(const uint8_t* x, const uint64_t* words, int64_t, uint8_t* index, uint8_t* values) {
-    pack_positions(words, index);
-    pack<T>(x, words, values);
   }
 
   template <typename T>

@@ -15,7 +15,8 @@
 //   list_positions(index, first, inner)                    kLanes positions as 32-bit numbers, counted on from first
 //   clear(out, n_bytes)                                    whole lines of 64 bytes
 //   move_line(from, to), stream_line(from, to)             one line, `to` aligned; end_streaming() ends the latter
-//   kFew                                                   up to this many values pack_few is faster than pack_both
+//   kFew, kSome                                            up to so many values pack_few, of 4 or of 8 steps, is faster
+//                                                          than pack_both
 //
 // Everything is in an anonymous namespace: each instruction set has its own copy, compiled with its own flags.
 #pragma once
@@ -31,6 +32,7 @@ namespace pyfacts::cpu {
 namespace {
 
 constexpr int64_t kLineBytes = 64;
+constexpr int64_t kMaxPositions = kColumnWidth / 8;  // of a segment, before it has a bitmap
 
 // By what it is decided whether an element is stored: see DenseTile and Predicate.
 enum class Rule { nonzero, predicate, threshold };
@@ -91,11 +93,10 @@ inline void prefetch(const uint8_t* to_l2, const uint8_t* to_l1, int64_t n_bytes
   }
 }
 
-// One value at a time. Every word of the bitmap takes four steps, past its last bit too (what they write is
+// One value at a time. Every word of the bitmap takes kSteps steps, past its last bit too (what they write is
 // overwritten), because a loop of the right length would be mispredicted once per word.
-template <typename T>
+template <typename T, int64_t kSteps>
 void pack_few(const uint8_t* x, const uint64_t* words, uint8_t* index, uint8_t* values) {
-  constexpr int64_t kSteps = 4;
   for (int64_t i = 0; i < 4; ++i) {
     uint64_t bits = words[i];
     const int64_t n = _mm_popcnt_u64(bits);
@@ -137,8 +138,10 @@ int64_t encode_segment(Isa& isa, const uint8_t* x, const Predicate& predicate, c
   const int64_t n = popcount(words);
   if (n <= bitmap_bytes) {
     if (n <= Isa::kFew) {
-      pack_few<T>(x, words, index, values);
-    } else {
+      pack_few<T, 4>(x, words, index, values);
+    } else if (n <= Isa::kSome) {
+      pack_few<T, 8>(x, words, index, values);
+    } else if constexpr (Isa::kSome < kMaxPositions) {
       isa.template pack_both<T>(x, words, n, index, values);
     }
     index += n;
