@@ -11,7 +11,8 @@
 namespace pyfacts::cpu {
 
 // Columns packed together, and unpacked together: a row's part of a group is read (or written) in one sweep, while the
-// streams of the columns' runs stay in L1 and the packed tile in L2.
+// streams of the columns' runs stay in L1 and the packed tile in L2. Packing 16 columns was 10 to 15 % slower on Zen 5,
+// 4 columns 5 to 10 % (bf16).
 constexpr int64_t kPackColumns = 8;
 constexpr int64_t kUnpackColumns = 16;
 

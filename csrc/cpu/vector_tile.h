@@ -162,7 +162,7 @@ void encode_rows(const EncodeTile& tile) {
   const int64_t n_full = dense.n_columns - (narrow ? 1 : 0);
   // A narrow segment is encoded as a full one with zeros behind it: +0.0 is never stored.
   alignas(kLineBytes) uint8_t padded[kSegmentBytes] = {};
-  uint8_t* index[kPackColumns];
+  uint8_t* index[kPackColumns];  // local, as the stores of bytes might change tile.index: 6 % for bf16
   uint8_t* values[kPackColumns];
   std::memcpy(index, tile.index, dense.n_columns * sizeof(index[0]));
   std::memcpy(values, tile.values, dense.n_columns * sizeof(values[0]));
