@@ -28,7 +28,7 @@ cuda: setup
 	$(BIN)/pip install --quiet --no-deps -r requirements-cuda.txt
 	CUDACXX=$(NVCC) $(BIN)/pip install -v --no-build-isolation --no-deps -C build-dir=build/cuda \
 	  -C cmake.define.PYFACTS_CUDA=ON -e . > build/cuda.log 2>&1 || { cat build/cuda.log; exit 1; }
-	@! grep -E "spill|serialized" build/cuda.log | grep -v "'_ZN3cub"
+	@if grep -E "spill|serialized" build/cuda.log | grep -v "'_ZN3cub"; then rm -rf build/cuda; exit 1; fi
 
 demo: setup
 	$(BIN)/pyfacts demo

@@ -38,8 +38,7 @@ Tensor whole_rows(const Tensor& x) { return x.size(1) > 1 && x.stride(1) != 1 ? 
 
 cuda::Rows rows(const Tensor& x) { return {dtype_of(x), x.const_data_ptr(), x.stride(0), x.size(0), x.size(1)}; }
 
-// ---- the device form
-// -------------------------------------------------------------------------------------------------
+// ---- the device form ------------------------------------------------------------------------------------------------
 
 void check_part(const Tensor& part, const char* name, int64_t dim, ScalarType type, const Tensor& values) {
   check_plane(part, name, dim, type, values);
@@ -100,8 +99,7 @@ void encode_out(const Tensor& x, double min_abs, bool signed_zero, int64_t first
   pack(whole_rows(x), min_abs, signed_zero, out, first_token, first_column);
 }
 
-// ---- from there to the canonical form
-// --------------------------------------------------------------------------------
+// ---- from there to the canonical form -------------------------------------------------------------------------------
 
 // Writes tile_ptr and sizes [2].
 void find_starts(const cuda::Arena& form, const Tensor& tile_ptr, const Tensor& sizes, cudaStream_t stream) {
@@ -164,8 +162,7 @@ void canonicalise_out(const Tensor& counts, const Tensor& index, const Tensor& v
   copy_groups(form, out_index, out_values, tile_ptr, sizes, stream);
 }
 
-// ---- encode and decode
-// -----------------------------------------------------------------------------------------------
+// ---- encode and decode ----------------------------------------------------------------------------------------------
 
 // Packs x into buffers that hold any matrix of its shape, then copies what is used.
 Planes encode(const Tensor& x, double min_abs, bool signed_zero) {
@@ -229,8 +226,7 @@ Tensor decode(const Tensor& counts, const Tensor& index, const Tensor& values, c
   return out;
 }
 
-// ---- the up-projection, fused
-// ---------------------------------------------------------------------------------------
+// ---- the up-projection, fused ---------------------------------------------------------------------------------------
 
 cuda::Activation activation_of(const std::string& name) {
   if (name == "relu") return cuda::Activation::relu;
@@ -286,8 +282,7 @@ bool fused_linear_relu_encode_out(const Tensor& x, const Tensor& weight, const s
   return true;
 }
 
-// ---- compressed sparse rows, and products with them
-// ------------------------------------------------------------------
+// ---- compressed sparse rows, and products with them -----------------------------------------------------------------
 
 using CsrTensors = std::tuple<Tensor, Tensor, Tensor>;  // crow, col, values
 
