@@ -258,3 +258,22 @@ class TestErrors:
 
 def test_the_protocol() -> None:
     assert isinstance(TinySae(16), SparseAutoencoder) and not isinstance(nn.Linear(2, 2), SparseAutoencoder)
+
+
+def test_both_streams_of_an_encoder_decoder_model() -> None:
+    """Each SAE sees its stream's tokens, the encoder's 10 and the decoder's 6."""
+    model = tiny.t5()
+    saes = {
+        f"{side}_blocks.1.hook_resid_pre": TinySae(16, seed=seed) for seed, side in enumerate(("encoder", "decoder"))
+    }
+    ids, decoder_ids = tiny.tokens(2, 5), tiny.tokens(2, 3)
+    with pyfacts.capture(model, saes=saes) as cache, torch.no_grad():
+        model(input_ids=ids, decoder_input_ids=decoder_ids)
+    seen: list[Tensor] = []
+    for stack in (model.encoder, model.decoder):
+        stack.block[1].register_forward_pre_hook(lambda m, args: seen.append(args[0].detach().reshape(-1, 16)))
+    with torch.no_grad():
+        model(input_ids=ids, decoder_input_ids=decoder_ids)
+    for (hook, sae), rows in zip(saes.items(), seen, strict=True):
+        assert same(cache[f"{hook}.{LATENTS}"], sae.expected(rows))
+    assert [len(rows) for rows in seen] == [10, 6]

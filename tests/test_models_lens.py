@@ -5,6 +5,7 @@ import importlib
 import pytest
 import tiny_models as tiny
 import torch
+from saes import LATENTS, TinySae
 from torch import nn
 
 from pyfacts.models import hook_points, resolve_hooks
@@ -166,3 +167,15 @@ def test_lens_experts_are_refused():
     for name in ("blocks.1.mlp.hook_post", "blocks.1.mlp.experts.0.hook_post"):
         with pytest.raises(ValueError, match="mixture of experts"):
             resolve_hooks(model, name)
+
+
+def test_saes_on_a_transformer_bridge(bridge):
+    hook, sae = "blocks.1.hook_resid_pre", TinySae(16)
+    with capture(bridge, saes={hook: sae}) as cache, torch.no_grad():
+        bridge(tiny.tokens())
+    with torch.no_grad():
+        _, theirs = bridge.run_with_cache(tiny.tokens())
+    latents = cache[f"{hook}.{LATENTS}"].to_dense()
+    expected = sae.expected(theirs[hook].reshape(14, -1))
+    assert torch.equal(latents != 0, expected != 0)
+    torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-5)
