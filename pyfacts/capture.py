@@ -36,9 +36,9 @@ class capture:
     the attention mask keeps (all, if the model is given none). With gradient checkpointing only the first computation
     counts. A model that was compiled runs eagerly inside the context.
 
-    What is captured stays on the device where it was computed, packed; `cache[name].cpu()` moves it. On a GPU, without
-    `select` and `saes`, a hook waits for none but the work before the hook two earlier, a forward for its last at its
-    end; up to three layers' neurons lie in buffers of their dense size meanwhile.
+    What is captured is on the CPU. From a GPU it travels while the model goes on, packed; a hook waits for none but the
+    work before the hook two earlier, and with `select` or `saes` for its own. A forward ends when its last has arrived.
+    Up to three layers' neurons lie in buffers of their dense size on the GPU meanwhile.
 
     Args:
         model: a Hugging Face, TransformerLens or plain model.

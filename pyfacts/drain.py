@@ -1,17 +1,20 @@
-"""Encoding on a GPU that the host does not wait for.
+"""What a capture takes on a GPU, on its way to the host, which does not wait for it.
 
-How large an encoding is, only the GPU knows, and only once it has packed it. So a `Drain` packs into buffers for the
-worst case, lets the sizes travel to the host behind that, and looks at them when `DEPTH` more tensors have been packed,
-or at the end. The host then waits for that tensor alone, while the GPU has the later ones to do, and exchanges the
-buffers for planes that hold what is stored and no more.
+How large an encoding is, only the GPU knows, and only once it has packed it. So activations travel in steps: packed
+into buffers for the worst case, their sizes behind them to the host; when the host has read those, planes of just that
+size, copied to pinned memory on a stream of their own; from there to memory of their own. A `Drain` takes the second
+step of a tensor when `DEPTH` more have been started, and the third another `DEPTH` later, or at the end: the host then
+waits for that tensor alone, while the GPU has the later ones to do.
 
-Everything is queued on the stream that is current, which must be the same from packing to the end.
+The steps are queued on the stream that is current, which must be the same from the first to the last.
 """
 
 from __future__ import annotations
 
+import functools
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,60 +23,105 @@ from . import ops
 from .encoding import EncodedActivations, encode
 
 DEPTH = 2
-"""How many tensors may lie in buffers, each as large as the tensor, at a time."""
+"""How many tensors may wait for their next step: for the first one in buffers as large as the tensor."""
 LARGEST_BYTES = 512 << 20
 """A larger tensor is encoded at once, and waited for."""
 
+Activations = EncodedActivations | Tensor
+Steps = Generator[None, None, Activations]
+
 
 class Drain:
-    """Encodes tensors [n_tokens, n_features] one after the other; `finish` what it returns before you use it."""
+    """Brings activations to the host, one after the other; `finish` what it returns before you use it."""
 
     def __init__(self) -> None:
-        self._packed: deque[Packed] = deque()
+        self._waiting: tuple[deque[Draining], deque[Draining]] = (deque(), deque())
 
-    def encode(self, x: Tensor) -> EncodedActivations | Packed:
-        """Queues the encoding of x and returns; the host may wait for the oldest of those before it."""
-        if not suits(x):
+    def encode(self, x: Tensor) -> EncodedActivations | Draining:
+        """Queues the encoding of x [n_tokens, n_features]; the host may wait for one of those before it."""
+        if not on_gpu(x):
             return encode(x)
-        packed = Packed(x)
-        self._packed.append(packed)
-        if len(self._packed) > DEPTH:
-            self._packed.popleft().finish()
-        return packed
+        return self._start(_pack(x) if x.numel() * x.itemsize <= LARGEST_BYTES else _move(encode(x)))
+
+    def move(self, x: Activations) -> Activations | Draining:
+        """Queues the copy of what is encoded, or is to stay dense and will not be changed."""
+        return self._start(_move(x)) if on_gpu(x) else x
+
+    def _start(self, steps: Steps) -> Draining:
+        started = draining = Draining(steps)
+        for waiting in self._waiting:
+            waiting.append(draining)
+            if len(waiting) <= DEPTH:
+                break
+            draining = waiting.popleft()
+            draining.advance()
+        return started
 
 
-class Packed:
-    """A tensor that is being packed on its GPU."""
+class Draining:
+    """Activations between two steps."""
 
-    def __init__(self, x: Tensor) -> None:
-        self._arena = ops.empty_arena(x, *x.shape)
-        n_columns, n_tokens = self._arena.counts.shape
-        self._tile_ptr = x.new_empty((n_columns, -(-n_tokens // ops.TILE_TOKENS), 2), dtype=torch.int64)
-        self._sizes = x.new_empty(2, dtype=torch.int64)
-        ops.encode_out(x, self._arena)
-        self._canonicalise(0, 0)  # for the sizes
-        self._read_sizes = read_later(self._sizes)
-        self._finished: EncodedActivations | None = None
+    def __init__(self, steps: Steps) -> None:
+        self._steps = steps
+        self._result: Activations | None = None
+        self.advance()
 
-    def finish(self) -> EncodedActivations:
-        """Waits until it is packed, and queues the copy to planes of its size."""
-        if self._finished is None:
-            index, values = self._canonicalise(*self._read_sizes())
-            planes = self._arena.counts, index, values, self._tile_ptr
-            self._finished = EncodedActivations(*planes, n_features=self._arena.n_features)
-            del self._arena, self._tile_ptr, self._sizes, self._read_sizes
-        return self._finished
+    def advance(self) -> None:
+        """Takes the next step, if there is one."""
+        if self._result is None:
+            try:
+                next(self._steps)
+            except StopIteration as end:
+                self._result = end.value
 
-    def _canonicalise(self, index_bytes: int, n_values: int) -> tuple[Tensor, Tensor]:
-        index = self._arena.index.new_empty(index_bytes)
-        values = self._arena.values.new_empty(n_values)
-        ops.canonicalise_out(self._arena, index, values, self._tile_ptr, self._sizes)
-        return index, values
+    def finish(self) -> Activations:
+        """Takes the steps that are left; returns the activations, on the CPU."""
+        while self._result is None:
+            self.advance()
+        return self._result
 
 
-def suits(x: Tensor) -> bool:
-    """Whether x is on a GPU, and small enough for buffers of the worst case."""
-    return x.is_cuda and x.numel() * x.itemsize <= LARGEST_BYTES
+def _pack(x: Tensor) -> Steps:
+    arena = ops.empty_arena(x, *x.shape)
+    ops.encode_out(x, arena)
+    del x
+    sizes, *_ = _canonicalise(arena, 0, 0)
+    read_sizes = read_later(sizes)
+    yield
+    _, index, values, tile_ptr = _canonicalise(arena, *read_sizes())
+    packed = EncodedActivations(arena.counts, index, values, tile_ptr, arena.n_features)
+    del arena
+    return (yield from _move(packed))
+
+
+def _canonicalise(arena: ops.Arena, index_bytes: int, n_values: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The sizes of index and values, and index, values and tile_ptr: if these sizes were given."""
+    n_columns, n_tokens = arena.counts.shape
+    index, values = arena.index.new_empty(index_bytes), arena.values.new_empty(n_values)
+    tile_ptr = arena.cursor.new_empty((n_columns, -(-n_tokens // ops.TILE_TOKENS), 2))
+    sizes = arena.cursor.new_empty(2)
+    ops.canonicalise_out(arena, index, values, tile_ptr, sizes)
+    return sizes, index, values, tile_ptr
+
+
+def _move(x: Activations) -> Steps:
+    if isinstance(x, Tensor):
+        take = copy_later([x])
+        del x
+        yield
+        return take()[0]
+    take = copy_later([*x.planes] if x.sq_norm is None else [*x.planes, x.sq_norm])
+    yield
+    counts, index, values, tile_ptr, *sq_norm = take()
+    x = replace(x, counts=counts, index=index, values=values, tile_ptr=tile_ptr)
+    return replace(x, sq_norm=sq_norm[0]) if sq_norm else x
+
+
+# ---- what only a GPU can do: the tests put something else here -------------------------------------------------------
+
+
+def on_gpu(x: Activations) -> bool:
+    return x.device.type == "cuda"
 
 
 def read_later(x: Tensor) -> Callable[[], list[int]]:
@@ -88,3 +136,32 @@ def read_later(x: Tensor) -> Callable[[], list[int]]:
         return on_host.tolist()
 
     return read
+
+
+def copy_later(tensors: list[Tensor]) -> Callable[[], list[Tensor]]:
+    """Queues the copies of tensors on one GPU to the host, on a stream of their own; what is returned waits for them.
+
+    They land in pinned memory, which torch keeps and uses again, and are moved from there when they are taken: so much
+    pinned memory is in use as copies are under way, whatever becomes of the results.
+    """
+    device = tensors[0].device
+    stream = _copy_stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        on_host = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in tensors]
+        for x, copy in zip(tensors, on_host, strict=True):
+            copy.copy_(x, non_blocking=True)
+            x.record_stream(stream)  # its memory is not given to others before
+        copied = torch.cuda.Event()
+        copied.record(stream)
+
+    def take() -> list[Tensor]:
+        copied.synchronize()
+        return [torch.empty(copy.shape, dtype=copy.dtype).copy_(copy) for copy in on_host]
+
+    return take
+
+
+@functools.cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

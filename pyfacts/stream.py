@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from .attach import SparseAutoencoder, encode_latents
-from .drain import Packed
+from .drain import Activations, Draining
 from .encoding import DTYPES
 from .models import HookPoint, unwrap
 from .select import Select
-from .tokens import Activations, End, Forward, Taken, TokenMask, Tokens, past_length
+from .tokens import End, Forward, Taken, TokenMask, Tokens, past_length
 
 OnForward = Callable[[dict[str, Activations], dict[str, Tensor]], None]
 
@@ -213,12 +213,14 @@ class ActivationStream:
         taken = forward.taken.setdefault(point.name, Taken(point.stream))
         x, counts = tokens.choose(x, taken, point.name)
         if point in self.saes:
-            part: Activations | Packed = encode_latents(point, self._sae_on(point, x.device), x)
+            part: Activations | Draining = forward.drain.move(encode_latents(point, self._sae_on(point, x.device), x))
         elif point.kind == "rows":
             # A copy: the model may go on to change the tensor in place, and a view would keep all of it alive.
-            part = x.clone() if counts is None else x
+            part = forward.drain.move(x.clone() if counts is None else x)
+        elif self.select is None:
+            part = forward.drain.encode(x)
         else:
-            part = forward.drain.encode(x) if self.select is None else self.select.encode(x)
+            part = forward.drain.move(self.select.encode(x))
         taken.parts.append(part)
         taken.counts.append(counts)
 

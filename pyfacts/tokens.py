@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .drain import Drain, Packed
-from .encoding import EncodedActivations, cat
+from .drain import Activations, Drain, Draining
+from .encoding import cat
 from .models import HookPoint
 
-Activations = EncodedActivations | Tensor
 TokenMask = Tensor | Mapping[str, Tensor] | Callable[[Tensor], Tensor] | None
 
 
@@ -44,7 +43,7 @@ class Taken:
     """What one hook was handed in one forward: usually one part; several where the feed-forward is chunked."""
 
     stream: str
-    parts: list[Activations | Packed] = field(default_factory=list)
+    parts: list[Activations | Draining] = field(default_factory=list)
     counts: list[list[int] | None] = field(default_factory=list)  # chosen tokens by sequence, None if all were
     seen: int = 0
     split_sequences: bool = False
@@ -56,7 +55,7 @@ class Taken:
                 f"{name} was handed {self.seen} rows in one forward of {tokens.batch} x {tokens.length} tokens: its "
                 "module does not see one row per token, so rows cannot be told apart"
             )
-        parts = [part.finish() if isinstance(part, Packed) else part for part in self.parts]
+        parts = [part.finish() if isinstance(part, Draining) else part for part in self.parts]
         if len(parts) == 1:
             return parts[0]
         if not self.split_sequences:

@@ -438,17 +438,20 @@ def test_packing_waits_for_nothing() -> None:
 
 @needs_cuda
 def test_a_drain_waits_for_the_oldest_alone() -> None:
-    x = [sparse(300, 700, density, torch.bfloat16).cuda() for density in (0.0, 0.1, 1.0, 0.3)]
+    x = [sparse(300, 700, density, torch.bfloat16).cuda() for density in (0.0, 0.1, 1.0, 0.3, 0.2)]
     for _ in range(2):  # the second time kernels are loaded and pinned memory is there
         torch.cuda.synchronize()
         torch.cuda._sleep(1 << 30)
         queue = drain.Drain()
-        packed = [queue.encode(part) for part in x[: drain.DEPTH]]
+        draining = [queue.encode(part) for part in x[: drain.DEPTH]]
         waited = torch.cuda.current_stream().query()
-        packed += [queue.encode(part) for part in x[drain.DEPTH :]]
+        draining += [queue.encode(part) for part in x[drain.DEPTH :]]
+        rows = queue.move(x[0].clone())
     assert not waited
-    for part, of_it in zip(x, packed, strict=True):
+    for part, of_it in zip(x, draining, strict=True):
+        assert of_it.finish().device.type == "cpu" and not of_it.finish().values.is_pinned()
         assert_encodes(of_it.finish().planes, part)
+    assert torch.equal(rows.finish(), x[0].cpu())
 
 
 @needs_cuda
