@@ -33,10 +33,10 @@ DTYPE = torch.bfloat16
 
 
 class Timer:
-    """Seconds of calls on one device."""
+    """Seconds of calls on one device; `fused` says whether the fused kernel is among what is measured."""
 
-    def __init__(self, device: str, rounds: int) -> None:
-        self.device, self.rounds = device, rounds
+    def __init__(self, device: str, rounds: int, fused: bool = False) -> None:
+        self.device, self.rounds, self.fused = device, rounds, fused
         self._flushed = torch.empty(256 << 20 if device == "cuda" else 1, dtype=torch.uint8, device=device)
 
     def medians(self, calls: dict[str, Call]) -> dict[str, float]:
@@ -104,7 +104,7 @@ def up_projection(timer: Timer, shape: tuple[int, int, int], density: float, flo
         "encode(relu(linear))": lambda: pyfacts.encode(torch.relu(linear(x, weight, bias))),
     }
     ours: dict[str, Call] = {}
-    for fused in (True, False) if has_fused(timer.device) else (False,):
+    for fused in (True, False) if timer.fused else (False,):
         name = "fused" if fused else "two steps"
         ours[name] = by_way(fused, lambda: pyfacts.linear_relu_encode(x, weight, bias))
         ours[f"{name}, h too"] = by_way(fused, lambda: pyfacts.linear_relu_encode(x, weight, bias, return_dense=True))
@@ -113,11 +113,6 @@ def up_projection(timer: Timer, shape: tuple[int, int, int], density: float, flo
         yield from ratios(case, {key: seconds[key] for key in (name, *peers)}, name)
         share = 2 * n_tokens * d_in * n_features / seconds[name] / flop_per_s
         yield row(case, f"{name}: share of the rate of products", share)
-
-
-def has_fused(device: str) -> bool:
-    """Whether there is a kernel that multiplies and packs at once."""
-    return device == "cuda" and torch.cuda.get_device_capability() == (9, 0)
 
 
 def by_way(fused: bool, call: Call) -> Call:
@@ -287,12 +282,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--limit-s", type=float, default=240.0)
+    parser.add_argument("--without-fused", action="store_true", help="leave out the fused kernel, for Hopper")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("bench/gpu.py measures a GPU, and torch sees none here")
     about, rows = machine(), []
     print(" · ".join(about.values()))
-    for found in measure(Timer("cuda", options.rounds), options.limit_s):
+    fused = not options.without_fused and torch.cuda.get_device_capability() == (9, 0)
+    for found in measure(Timer("cuda", options.rounds, fused), options.limit_s):
         rows.append(found)
         print(f"{found['case']:44} {found['what']:44} {found['value']:9.4g} {found['unit']}", flush=True)
     RESULTS.mkdir(parents=True, exist_ok=True)

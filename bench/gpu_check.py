@@ -18,7 +18,11 @@ WHEELS = ROOT / "third_party" / "wheels"
 LIMIT_S = 540.0
 
 # What the sanitizers run: every kernel, few launches. They slow each down many times.
-SANITIZED = "(test_a_matrix_in_parts and not cpu and 700) or test_rows_of_any_stride or test_every_count"
+SANITIZED = (
+    "(test_a_matrix_in_parts and not cpu and 700) or test_rows_of_any_stride or test_every_count"
+    " or (test_sparse_linear_and_to_csr and shape1 and 0.6)"
+)
+SANITIZED_FUSED = "test_the_fused_kernel and 17"
 
 
 class Check:
@@ -59,17 +63,26 @@ def main() -> int:
     if build(check):
         # From tests/, so that the installed package is imported and not the source tree.
         pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_cuda.py"]
-        check.run("tests", [*pytest, "-x", "--durations=3"], 200, PYFACTS_REQUIRE_CUDA="1")
-        for tool in ("memcheck", "racecheck"):
-            if sanitizer := shutil.which("compute-sanitizer"):
-                command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *pytest, "-k", SANITIZED]
-                check.run(tool, command, 90, PYFACTS_REQUIRE_CUDA="1", PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-            else:
-                check.skip(tool, "not run: no compute-sanitizer on PATH")
-        check.run("benchmark", [sys.executable, str(ROOT / "bench" / "gpu.py"), "--limit-s", "120"], 240)
+        cuda = {"PYFACTS_REQUIRE_CUDA": "1"}
+        check.run("tests", [*pytest, "-x", "--durations=3", "-k", "not fused"], 150, **cuda)
+        # By itself: should a barrier hang, the rest goes on without it.
+        fused = check.run("fused", [*pytest, "-x", "-k", "fused"], 60, **cuda)
+        sanitizer = shutil.which("compute-sanitizer")
+        for step, tool, tests in (
+            ("memcheck", "memcheck", SANITIZED),
+            ("racecheck", "racecheck", SANITIZED),
+            ("memcheck, fused", "memcheck", SANITIZED_FUSED),
+        ):
+            if sanitizer is None:
+                check.skip(step, "not run: no compute-sanitizer on PATH")
+            elif fused or tests == SANITIZED:
+                command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *pytest, "-k", tests]
+                check.run(step, command, 70, **cuda, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        benchmark = [sys.executable, str(ROOT / "bench" / "gpu.py"), "--limit-s", "120"]
+        check.run("benchmark", benchmark if fused else [*benchmark, "--without-fused"], 240)
     print("\n==== gpu-check")
     for step, outcome, seconds in check.results:
-        print(f"{step:12} {outcome:40} {seconds:5.0f} s")
+        print(f"{step:16} {outcome:40} {seconds:5.0f} s")
     return not check.passed()
 
 
