@@ -46,6 +46,15 @@ void check_part(const Tensor& part, const char* name, int64_t dim, ScalarType ty
                   " must start at a multiple of ", cuda::kUnitBytes, " bytes");
 }
 
+// The cursor counts up to 2^32 units of 16 bytes.
+void check_countable(DType dtype, int64_t n_tokens, int64_t n_features) {
+  const int64_t values_bytes = cuda::worst_values_bytes(dtype, n_tokens, n_features);
+  constexpr int64_t kMaxBytes = int64_t{cuda::kUnitBytes} << 32;
+  STD_TORCH_CHECK(values_bytes <= kMaxBytes, "a matrix of [", n_tokens, ", ", n_features, "] may take ", values_bytes,
+                  " bytes of values, and one encoding on a GPU at most ", kMaxBytes,
+                  ": encode fewer tokens at a time and pyfacts.cat the encodings");
+}
+
 cuda::Arena arena(const Tensor& counts, const Tensor& index, const Tensor& values, const Tensor& group_ptr,
                   const Tensor& cursor, int64_t n_features) {
   check_plane(counts, "counts", 2, ScalarType::Byte, values);
@@ -61,6 +70,7 @@ cuda::Arena arena(const Tensor& counts, const Tensor& index, const Tensor& value
                   ", ", group_ptr.size(1), "]");
   STD_TORCH_CHECK(cursor.size(0) == 1, "cursor must be [1], got [", cursor.size(0), "]");
   const DType dtype = dtype_of(values);
+  check_countable(dtype, n_tokens, n_features);
   return {dtype,
           n_tokens,
           n_features,
@@ -170,15 +180,12 @@ Planes encode(const Tensor& x, double min_abs, bool signed_zero) {
   STD_TORCH_CHECK(min_abs >= 0, "min_abs must be at least 0, got ", min_abs);
   const int64_t n_tokens = x.size(0), n_features = x.size(1);
   const DType dtype = dtype_of(x);
-  const int64_t values_bytes = cuda::worst_values_bytes(dtype, n_tokens, n_features);
-  constexpr int64_t kMaxBytes = int64_t{cuda::kUnitBytes} << 32;
-  STD_TORCH_CHECK(values_bytes <= kMaxBytes, "x of [", n_tokens, ", ", n_features, "] may take ", values_bytes,
-                  " bytes of values, and one encoding on a GPU at most ", kMaxBytes,
-                  ": encode fewer tokens at a time and pyfacts.cat the encodings");
+  check_countable(dtype, n_tokens, n_features);
   const DeviceGuard guard(x.get_device());
   Tensor counts = empty_counts(x, n_tokens, n_features);
   const Tensor index = new_empty(x, {cuda::worst_index_bytes(n_tokens, n_features)}, ScalarType::Byte);
-  const Tensor values = new_empty(x, {values_bytes / item_bytes(dtype)}, x.scalar_type());
+  const Tensor values =
+      new_empty(x, {cuda::worst_values_bytes(dtype, n_tokens, n_features) / item_bytes(dtype)}, x.scalar_type());
   const Tensor group_ptr = new_empty(x, {n_columns(n_features), cuda::n_groups(n_tokens)}, ScalarType::Long);
   const Tensor cursor = new_empty(x, {1}, ScalarType::Long);
   const cuda::Arena form = arena(counts, index, values, group_ptr, cursor, n_features);
@@ -235,15 +242,20 @@ cuda::Activation activation_of(const std::string& name) {
   return cuda::Activation::jumprelu;
 }
 
-const void* features_of(const std::optional<Tensor>& tensor, const char* name, const Tensor& like, int64_t n_features) {
-  if (!tensor.has_value()) return nullptr;
+// A tensor [n_features], or nothing, as the kernel wants it.
+std::optional<Tensor> features_of(const std::optional<Tensor>& tensor, const char* name, const Tensor& like,
+                                  int64_t n_features) {
+  if (!tensor.has_value()) return std::nullopt;
   check_alike(*tensor, name, like);
-  STD_TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == n_features && tensor->is_contiguous(), name, " must be [",
-                  n_features, "] and contiguous");
-  return tensor->const_data_ptr();
+  STD_TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == n_features, name, " must be [", n_features, "]");
+  return torch::stable::contiguous(*tensor);
 }
 
-// False, and nothing done, for what the kernel does not take. It neither waits nor allocates.
+const void* pointer(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
+}
+
+// False, and nothing done, for what the kernel does not take. It does not wait.
 bool fused_linear_relu_encode_out(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                                   const std::string& activation, const std::optional<Tensor>& threshold,
                                   std::optional<Tensor> h, Tensor counts, Tensor index, Tensor values, Tensor group_ptr,
@@ -266,6 +278,8 @@ bool fused_linear_relu_encode_out(const Tensor& x, const Tensor& weight, const s
     dense = {h->mutable_data_ptr(), h->stride(0)};
   }
   if (d_in > 1 && (x.stride(1) != 1 || weight.stride(1) != 1)) return false;
+  const std::optional<Tensor> b = features_of(bias, "bias", values, n_features);
+  const std::optional<Tensor> theta = features_of(threshold, "threshold", values, n_features);
   const cuda::Linear linear = {out.dtype,
                                n_tokens,
                                n_features,
@@ -274,9 +288,9 @@ bool fused_linear_relu_encode_out(const Tensor& x, const Tensor& weight, const s
                                x.stride(0),
                                weight.const_data_ptr(),
                                weight.stride(0),
-                               features_of(bias, "bias", values, n_features),
+                               pointer(b),
                                activation_of(activation),
-                               features_of(threshold, "threshold", values, n_features)};
+                               pointer(theta)};
   if (!cuda::fused_supports(linear, dense)) return false;
   check_cuda(cuda::linear_relu_encode_out(linear, dense, out, current_stream(values)), "linear_relu_encode");
   return true;

@@ -73,7 +73,7 @@ def _features(point: HookPoint, indices: Iterable[int] | Tensor) -> Tensor:
     except TypeError:
         raise TypeError(f"{point.name}: indices must be a list of integers, got {indices!r}") from None
     _check_range(point.name, features, point.width)
-    return torch.tensor(features, dtype=torch.int64)
+    return torch.tensor(features, dtype=torch.int64, device="cpu")
 
 
 def _check_range(name: str, features: list[int], width: int | None) -> None:

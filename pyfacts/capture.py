@@ -165,7 +165,7 @@ class ActivationCache(Mapping[str, Activations]):
     def positions_of(self, name: str) -> Tensor:
         """int64 [n_tokens, 2]: the (sequence, position) of each row of one hook; see `positions`."""
         positions = self._find(name, self._positions)
-        return torch.cat(positions) if positions else torch.empty(0, 2, dtype=torch.int64)
+        return torch.cat(positions) if positions else torch.empty(0, 2, dtype=torch.int64, device="cpu")
 
     def n_forwards(self, name: str) -> int:
         """How many forwards a hook has fired in."""

@@ -27,8 +27,9 @@ WIDE = 32768
 # None of these four was tuned on a GPU yet.
 CHUNK_BYTES = 32 << 20
 """Scratch memory of a product: most of the 50 MB of an H100's L2 cache."""
-ARENA_BYTES = 512 << 20
-"""Values that the device form can hold at once; longer matrices are made in pieces, each of which waits for the GPU."""
+ARENA_BYTES = 4 << 30
+"""Values that the device form can hold at once. A longer matrix is made in pieces, each of which waits for the GPU; and
+joining them takes 24 bytes a value, so that what is neither long nor wide should not come to it."""
 WIDE_ARENA_BYTES = 128 << 20
 """The same for wide encoders: room for every value would be more than a tenth of their dense result."""
 DENSE_BYTES = 256 << 20
@@ -208,6 +209,7 @@ def pack(like: Tensor, n_tokens: int, n_features: int, fill: Fill) -> Planes:
         arena = ops.empty_arena(like, end - begin, n_features)
         fill(arena, begin, end)
         pieces.append(ops.canonicalise(arena))
+        del arena  # before the next one is made, and before they are joined
     return join(pieces) if len(pieces) > 1 else pieces[0]
 
 

@@ -6,15 +6,15 @@ size, copied to pinned memory on a stream of their own; from there to memory of 
 step of a tensor when `DEPTH` more have been started, and the third another `DEPTH` later, or at the end: the host then
 waits for that tensor alone, while the GPU has the later ones to do.
 
-The steps are queued on the stream that is current, which must be the same from the first to the last.
+The steps are queued on the stream that is current at the first.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import deque
 from collections.abc import Callable, Generator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ from . import ops
 from .encoding import EncodedActivations, encode
 
 DEPTH = 2
-"""How many tensors may wait for their next step: for the first one in buffers as large as the tensor."""
+"""How many tensors may wait for their next step while another is packed; until the first of their steps, in buffers as
+large as they are."""
 LARGEST_BYTES = 512 << 20
 """A larger tensor is encoded at once, and waited for."""
 
@@ -82,16 +83,27 @@ class Draining:
 
 
 def _pack(x: Tensor) -> Steps:
+    on_this_stream = stream_of(x)
     arena = ops.empty_arena(x, *x.shape)
     ops.encode_out(x, arena)
     del x
     sizes, *_ = _canonicalise(arena, 0, 0)
     read_sizes = read_later(sizes)
     yield
-    _, index, values, tile_ptr = _canonicalise(arena, *read_sizes())
-    packed = EncodedActivations(arena.counts, index, values, tile_ptr, arena.n_features)
-    del arena
-    return (yield from _move(packed))
+    exact = read_sizes()
+    with on_this_stream():
+        _, index, values, tile_ptr = _canonicalise(arena, *exact)
+        take = _copy(EncodedActivations(arena.counts, index, values, tile_ptr, arena.n_features))
+    del arena, index, values, tile_ptr
+    yield
+    return take()
+
+
+def _move(x: Activations) -> Steps:
+    take = _copy(x)
+    del x
+    yield
+    return take()
 
 
 def _canonicalise(arena: ops.Arena, index_bytes: int, n_values: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -104,17 +116,19 @@ def _canonicalise(arena: ops.Arena, index_bytes: int, n_values: int) -> tuple[Te
     return sizes, index, values, tile_ptr
 
 
-def _move(x: Activations) -> Steps:
+def _copy(x: Activations) -> Callable[[], Activations]:
+    """Queues the copy to the host; what is returned waits for it."""
     if isinstance(x, Tensor):
-        take = copy_later([x])
-        del x
-        yield
-        return take()[0]
-    take = copy_later([*x.planes] if x.sq_norm is None else [*x.planes, x.sq_norm])
-    yield
-    counts, index, values, tile_ptr, *sq_norm = take()
-    x = replace(x, counts=counts, index=index, values=values, tile_ptr=tile_ptr)
-    return replace(x, sq_norm=sq_norm[0]) if sq_norm else x
+        take_tensors = copy_later([x])
+        return lambda: take_tensors()[0]
+    take_planes = copy_later([*x.planes] if x.sq_norm is None else [*x.planes, x.sq_norm])
+    n_features, signed_zero = x.n_features, x.signed_zero
+
+    def take() -> EncodedActivations:
+        counts, index, values, tile_ptr, *sq_norm = take_planes()
+        return EncodedActivations(counts, index, values, tile_ptr, n_features, signed_zero, *sq_norm)
+
+    return take
 
 
 # ---- what only a GPU can do: the tests put something else here -------------------------------------------------------
@@ -124,9 +138,15 @@ def on_gpu(x: Activations) -> bool:
     return x.device.type == "cuda"
 
 
+def stream_of(x: Tensor) -> Callable[[], contextlib.AbstractContextManager[object]]:
+    """A function that makes current again the stream that is so now on x's GPU."""
+    stream = torch.cuda.current_stream(x.device)
+    return lambda: torch.cuda.stream(stream)
+
+
 def read_later(x: Tensor) -> Callable[[], list[int]]:
     """Queues the copy of a small tensor on a GPU to the host; what is returned waits for that, and gives its values."""
-    on_host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    on_host = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True)
     on_host.copy_(x, non_blocking=True)
     copied = torch.cuda.Event()
     copied.record(torch.cuda.current_stream(x.device))
@@ -148,7 +168,7 @@ def copy_later(tensors: list[Tensor]) -> Callable[[], list[Tensor]]:
     stream = _copy_stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        on_host = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in tensors]
+        on_host = [torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True) for x in tensors]
         for x, copy in zip(tensors, on_host, strict=True):
             copy.copy_(x, non_blocking=True)
             x.record_stream(stream)  # its memory is not given to others before
@@ -157,7 +177,7 @@ def copy_later(tensors: list[Tensor]) -> Callable[[], list[Tensor]]:
 
     def take() -> list[Tensor]:
         copied.synchronize()
-        return [torch.empty(copy.shape, dtype=copy.dtype).copy_(copy) for copy in on_host]
+        return [torch.empty(copy.shape, dtype=copy.dtype, device="cpu").copy_(copy) for copy in on_host]
 
     return take
 

@@ -7,6 +7,7 @@ or chunks of either, and gives rows [n_wanted, width] in the order of (sequence,
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,7 +61,7 @@ class Taken:
             return parts[0]
         if not self.split_sequences:
             return join(parts)
-        ends = [torch.tensor([0, *counts]).cumsum(0).tolist() for counts in self.counts if counts is not None]
+        ends = [[0, *itertools.accumulate(counts)] for counts in self.counts if counts is not None]
         return join(
             [part[end[s] : end[s + 1]] for s in range(tokens.batch) for part, end in zip(parts, ends, strict=False)]
         )
@@ -168,11 +169,13 @@ class Tokens:
         if x.dim() == 3 and x.shape[0] == self.batch:
             taken.split_sequences = True
             first = start // self.batch
-            mask = torch.ones(x.shape[:2], dtype=torch.bool) if self.mask is None else self.mask
+            mask = torch.ones(x.shape[:2], dtype=torch.bool, device="cpu") if self.mask is None else self.mask
             mask = mask if self.mask is None else mask[:, first : first + x.shape[1]]
             counts = mask.sum(1).tolist()
         else:
-            mask = torch.ones(rows.shape[0], dtype=torch.bool) if self.mask is None else self.mask.flatten()
+            mask = (
+                torch.ones(rows.shape[0], dtype=torch.bool, device="cpu") if self.mask is None else self.mask.flatten()
+            )
             mask = mask if self.mask is None else mask[start : taken.seen]
             counts = []
         return rows.index_select(0, mask.flatten().nonzero().squeeze(1).to(rows.device)), counts
@@ -184,8 +187,9 @@ class Tokens:
         """
         first = end.first if self._continues(end) else end.first + end.batch
         end.first, end.batch, end.position = first, self.batch, self.past + self.length
-        grid = torch.ones(self.batch, self.length, dtype=torch.bool) if self.mask is None else self.mask.cpu()
-        return grid.nonzero() + torch.tensor([first, self.past])
+        everything = torch.ones(self.batch, self.length, dtype=torch.bool, device="cpu")
+        grid = everything if self.mask is None else self.mask.cpu()
+        return grid.nonzero() + torch.tensor([first, self.past], device="cpu")
 
     def _continues(self, end: End) -> bool:
         return self.past > 0 and end.batch == self.batch and end.position == self.past

@@ -10,7 +10,7 @@ SIGN = {4: 0x8000_0000, 2: 0x8000}
 def bits(x: torch.Tensor) -> np.ndarray:
     """The bit patterns of a float tensor, as unsigned integers of its width."""
     signed = torch.int32 if x.dtype == torch.float32 else torch.int16
-    return x.contiguous().view(signed).numpy().view(BITS[x.dtype])
+    return x.cpu().contiguous().view(signed).numpy().view(BITS[x.dtype])
 
 
 def from_bits(pattern: np.ndarray, dtype: torch.dtype) -> torch.Tensor:

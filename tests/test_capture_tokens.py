@@ -248,3 +248,16 @@ def test_run_stops_early_with_chunks():
     with ActivationStream(model, resolve_hooks(model), stop_early=True) as stream:
         parts = stream.run(None, tiny.tokens(2, 6))
     assert [len(parts[name]) for name in NEURONS] == [12, 12]
+
+
+def test_the_default_device_is_not_asked() -> None:
+    """What pyfacts makes for itself stays on the CPU, whatever `torch.set_default_device` says."""
+    model, x = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8)), torch.randn(2, 3, 8)
+    with torch.device("meta"):
+        with pyfacts.ablate(model, {"2": [5]}), pyfacts.capture(model, "2") as cache:
+            model(x)
+        assert cache.positions.tolist() == [[s, p] for s in range(2) for p in range(3)]
+        with pyfacts.capture(model, "2") as empty:
+            model(x[:0])
+        assert len(empty.positions) == 0
+    assert cache["2"].shape == (6, 12) and bool((cache["2"].to_dense()[:, 5] == 0).all())

@@ -3,6 +3,7 @@ where the ops of the device form are those of tests/device_form.py and copies ar
 tests/test_cuda.py.
 """
 
+import contextlib
 from collections.abc import Callable
 
 import device_form
@@ -39,6 +40,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return wait
 
     monkeypatch.setattr(drain, "on_gpu", lambda x: True)
+    monkeypatch.setattr(drain, "stream_of", lambda x: contextlib.nullcontext)
     monkeypatch.setattr(drain, "read_later", lambda x: later("sizes", x.tolist))
     monkeypatch.setattr(drain, "copy_later", lambda tensors: later("copy", lambda: [x.clone() for x in tensors]))
     return waited

@@ -60,12 +60,9 @@ __device__ __forceinline__ void encode_groups(const Part<T>& x, const Stored& st
   const int64_t column = block % columns;
   const int64_t token = (block / columns * kBlockGroups<T> + warp) * kGroupTokens;
   const auto place = [&](uint64_t units) { return place_block(out.cursor, units, thread, shared); };
+  // Warps beyond the last token have none, and take part all the same.
   const int64_t tokens_left = x.n_tokens - token;
-  if (tokens_left <= 0) {
-    place(0);
-    return;
-  }
-  const int n_tokens = static_cast<int>(tokens_left < kGroupTokens ? tokens_left : kGroupTokens);
+  const int n_tokens = tokens_left < 0 ? 0 : tokens_left < kGroupTokens ? static_cast<int>(tokens_left) : kGroupTokens;
   const int width = static_cast<int>(column_width(x.n_features, column));
   const T* const mine = x.data + token * x.row_stride + column * kColumnWidth + kOctet * lane;
   Octet<T> octets[kGroupTokens];

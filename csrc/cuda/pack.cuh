@@ -69,7 +69,7 @@ __device__ __forceinline__ void copy_units(const void* from, uint8_t* to, int n_
   }
 }
 
-// Packs the tokens [first_token, first_token + n_tokens), at most 8, of a column of that width. octets[i] is this
+// Packs the tokens [first_token, first_token + n_tokens), 0 to 8, of a column of that width. octets[i] is this
 // lane's part of the i-th of them, zeros beyond the width and beyond the last token, and staging.rows.row[i] holds it
 // too: this lane's writes need not be visible to the others yet. All lanes take part.
 //
@@ -103,7 +103,7 @@ __device__ __forceinline__ void pack_group(const Arena& out, int64_t column, int
   const auto index_units = static_cast<int>(ceil_div(total >> 16, kUnitBytes));
   const auto values_units = static_cast<int>(ceil_div((total & 0xffff) * sizeof(T), kUnitBytes));
   const uint64_t start = place(static_cast<uint64_t>(values_units) << 32 | index_units);
-  if (lane == 0) out.group_ptr[column * n_groups(out.n_tokens) + first_token / kGroupTokens] = start;
+  if (lane == 0 && n_tokens > 0) out.group_ptr[column * n_groups(out.n_tokens) + first_token / kGroupTokens] = start;
   if (part == 0 && row < n_tokens) {
     out.counts[column * out.n_tokens + first_token + row] =
         static_cast<uint8_t>(n_row < kCountSaturated ? n_row : kCountSaturated);
