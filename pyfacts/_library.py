@@ -5,7 +5,10 @@ from pathlib import Path
 
 import torch
 
-BUILD_CUDA = "`pip install --no-build-isolation -C cmake.define.PYFACTS_CUDA=ON .` in the source tree (it needs nvcc and nvidia-cutlass)"
+BUILD_CUDA = (
+    "`pip install --no-build-isolation -C cmake.define.PYFACTS_CUDA=ON .` in the source tree (it needs nvcc and "
+    "nvidia-cutlass)"
+)
 
 _loaded: set[str] = set()
 
