@@ -50,6 +50,9 @@ def main() -> NoReturn:
         code = _stopped(str(error).partition(";")[0], 128 + error.signum)
     except DumpError as error:
         code = _fail(error, FAILED)
+    except ModuleNotFoundError as error:
+        code = _fail(error, USAGE)
+        err.print(escape("install pyfacts with an extra: '.[text]' for models and texts, '.[demo]' for the demo"))
     except (ValueError, TypeError, ImportError) as error:
         code = _fail(error, USAGE)
     except OSError as error:
@@ -123,7 +126,10 @@ def dump_command(
             allow_dense=allow_dense,
             progress=progress,
         )
-    out.print(escape(f"{out_directory}: {d.n_tokens:,} tokens of {len(d.hook_names)} hooks, {_size(d.n_bytes)}"))
+    out.print(
+        escape(f"{out_directory}: {d.n_tokens:,} tokens of {len(d.hook_names)} hooks, {_size(d.n_bytes)}"),
+        highlight=False,
+    )
 
 
 @app.command()

@@ -248,3 +248,12 @@ def test_import_is_light() -> None:
     heavy = ["transformers", "datasets", "ray", "matplotlib", "pandas", "scipy", "pyarrow"]
     done = subprocess.run([sys.executable, "-c", code, *heavy], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.setattr(sys, "argv", ["pyfacts", "dump", "nowhere/model", "nothing.txt", "out"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    assert "'.[text]'" in capsys.readouterr().err

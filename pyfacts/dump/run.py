@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import __version__
 from ..attach import SaesByHook
 from ..capture import DENSE_ABOVE
-from ..encoding import EncodedActivations
+from ..encoding import EncodedActivations, human_bytes
 from ..stream import ActivationStream
 from . import files, layout
 from .arguments import (
@@ -404,6 +404,6 @@ def _refuse_dense(parts: Mapping[str, Any], n_tokens: int) -> None:
     n_bytes = sum(part.nbytes for part in parts.values()) * n_tokens // len(densest)
     raise ValueError(
         f"the neurons are {density:.0%} dense ({name}: {densest.density:.0%}): packing would save next to nothing, and "
-        f"{n_tokens:,} tokens would take {n_bytes / 1e9:,.3g} GB. Keep less with select=pyfacts.topk(k) or "
+        f"{n_tokens:,} tokens would take {human_bytes(n_bytes)}. Keep less with select=pyfacts.topk(k) or "
         "select=pyfacts.min_abs(theta), dump the latents of an SAE, or say allow_dense=True"
     )
