@@ -132,7 +132,7 @@ def test_the_hash_goes_by_canonical_names(dumped: pyfacts.Dump) -> None:
 def test_dense_latents_are_refused_with_their_size(tmp_path: Path) -> None:
     sae, seen = TinySae(8, k=None), []
     sae.b_enc += 102
-    with pytest.raises(ValueError, match=rf"100% dense \({HOOK}: 100%\).* GB"):
+    with pytest.raises(ValueError, match=rf"100% dense \({HOOK}: 100%\).* [kMG]B"):
         dump(tmp_path / "out", sae)
     dump(tmp_path / "sparse", progress=seen.append)
     n_tokens = N_SEQUENCES * CONTEXT

@@ -65,7 +65,9 @@ class Dump:
 
     def __init__(self, root: Path, framework: Framework) -> None:
         if not (root / PLAN_FILE).exists():
-            raise DumpError(f"is no dump: it has no {PLAN_FILE}" if root.exists() else "does not exist", path=root)
+            raise DumpError(
+                f"is no dump: it has no {PLAN_FILE}" if root.exists() else "is no dump: it does not exist", path=root
+            )
         self.path = root
         self.framework = framework
         self._plan = Plan.from_file(root / PLAN_FILE)
