@@ -28,7 +28,6 @@ FAILED, USAGE, INTERRUPTED = 1, 2, 130
 
 app = typer.Typer(
     name="pyfacts",
-    help="Capture what a transformer's MLPs know: dump its neurons, exact and packed, and read them back.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -68,6 +67,23 @@ def _fail(error: Exception, code: int) -> int:
 def _stopped(what: str, code: int) -> int:
     err.print(escape(f"{what}; to resume: {shlex.join(['pyfacts', *sys.argv[1:]])}"), highlight=False)
     return code
+
+
+def _show_version(shown: bool) -> None:
+    if shown:
+        from importlib.metadata import version
+
+        out.print(f"pyfacts {version('pyfacts')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Capture what a transformer's MLPs know: dump its neurons, exact and packed, and read them back."""
 
 
 @app.command(name="dump")
@@ -134,27 +150,30 @@ def dump_command(
 
 @app.command()
 def info(out_directory: DumpArgument) -> None:
-    """Show what a dump holds.
+    """Show what a dump holds; with --topk or --min-abs also the share of squared norm that was dropped.
 
     [bold]Example:[/bold] pyfacts info out
     """
     d = _open(out_directory)
     state = "complete" if d.complete else f"incomplete: {d.n_tokens_committed:,} tokens committed; dump again to resume"
-    out.print(escape(f"{out_directory}: {d.n_tokens:,} tokens in {d.n_shards} shards, {state}"))
+    out.print(escape(f"{out_directory}: {d.n_tokens:,} tokens in {_count(d.n_shards, 'shard')}, {state}"))
     out.print(escape(f"model {d.plan['model'].get('name') or d.plan['model'].get('class')}, codec {d.codec}"))
     if d.plan["select"]:
-        out.print(escape(f"select {d.plan['select']}"))
+        kept = dict(d.plan["select"])
+        arguments = ", ".join(f"{name}={value}" for name, value in kept.items() if name != "kind")
+        out.print(escape(f"select {kept.get('kind')}({arguments})"))
     table = Table("hook", "kind", "dtype", box=None, header_style="bold", pad_edge=False)
-    for name in ("width", "density", "L0", "never active", "bytes", "of dense"):
+    for name in ("width", "density", "L0", "never active", "dropped", "bytes", "of dense"):
         table.add_column(name, justify="right")
     for name in d.hook_names:
         hook = d[name]
         dense_bytes = d.n_tokens_committed * hook.width * (4 if hook.dtype == "float32" else 2)
         share = f"{hook.n_bytes / dense_bytes:.1%}" if dense_bytes else "-"
-        sparse = ("-", "-", "-")
+        sparse = ("-", "-", "-", "-")
         if hook.kind == "neurons":
             silent = int((hook.feature_stats().nnz == 0).sum())
-            sparse = (f"{hook.density:.2%}", f"{hook.density * hook.width:.1f}", f"{silent:,}")
+            dropped = f"{hook.dropped_share:.2%}" if d.plan["select"] else "-"
+            sparse = (f"{hook.density:.2%}", f"{hook.density * hook.width:.1f}", f"{silent:,}", dropped)
         table.add_row(name, hook.kind, hook.dtype, f"{hook.width:,}", *sparse, _size(hook.n_bytes), share)
     out.print(table)
 
@@ -163,14 +182,16 @@ def info(out_directory: DumpArgument) -> None:
 def verify(out_directory: DumpArgument) -> None:
     """Read every byte of a dump and check it: headers, checksums, the form of every segment, statistics.
 
+    Exit code 0 if all that is committed is sound, also of a dump that is not finished (it says so); 1 if not.
+
     [bold]Example:[/bold] pyfacts verify out && echo sound
     """
     report = _open(out_directory).verify()
     state = "complete" if report.complete else "incomplete, what is committed is sound"
     out.print(
         escape(
-            f"{out_directory}: {report.n_tokens:,} tokens in {report.n_shards} shards and {report.n_files} files, "
-            f"{_size(report.n_bytes)}, {state}"
+            f"{out_directory}: {report.n_tokens:,} tokens in {_count(report.n_shards, 'shard')} and "
+            f"{report.n_files} files, {_size(report.n_bytes)}, {state}"
         )
     )
 
@@ -231,12 +252,12 @@ def bench(
 
 
 def marked_context(context: Context, tokenizer: Any) -> str:
-    """The tokens around a firing one as one line of rich markup, the firing one in brackets."""
+    """The tokens around a firing one as one line of rich markup, the firing one «so»."""
     ids = [int(i) for i in context.token_ids]
     at = context.token_index - context.start
     words = [f" {i}" if tokenizer is None else tokenizer.decode([i]) for i in ids]
     before, firing, after = ("".join(part).replace("\n", "⏎") for part in (words[:at], [words[at]], words[at + 1 :]))
-    return f"{escape(before)}[bold reverse]{escape(f'[{firing.strip() or firing}]')}[/bold reverse]{escape(after)}"
+    return f"{escape(before)}[bold reverse]{escape(f'«{firing.strip() or firing}»')}[/bold reverse]{escape(after)}"
 
 
 def _open(directory: Path) -> Dump:
@@ -319,6 +340,10 @@ def _shown_progress() -> Iterator[Any]:
             bar.update(task, completed=progress.tokens_done, total=progress.tokens_total, rate=rate)
 
         yield show
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
 
 
 def _size(n_bytes: float) -> str:

@@ -111,6 +111,9 @@ def test_hooks_and_selections(run: Run, work: Path) -> None:
     assert done.returncode == 0, done.stderr
     d = pyfacts.open_dump(work / "topk")
     assert d.hook_names == [hook] and d[hook].density == 8 / 128
+    shown = run("info", "topk").stdout
+    assert "select topk(k=8)" in shown and f"{d[hook].dropped_share:.2%}" in shown
+    assert d[hook].dropped_share == pytest.approx(d[hook][:].dropped_share) and d[hook].dropped_share > 0
 
 
 def test_info_shows_every_hook(run: Run) -> None:
@@ -141,7 +144,7 @@ def test_top_marks_the_firing_token(run: Run, work: Path) -> None:
     assert hook in lines[0] and len(lines) == 4
     for line, (token, value) in zip(lines[1:], d[hook].top_tokens(5, k=3), strict=True):
         firing = tokenizer.decode([int(d.token_ids[token])])
-        assert f"{value:.4g}" in line and f"[{firing.strip() or firing}]".replace("\n", "⏎") in line
+        assert f"{value:.4g}" in line and f"«{firing.strip() or firing}»".replace("\n", "⏎") in line
 
 
 def test_latents_of_saes(run: Run, work: Path) -> None:
@@ -194,7 +197,8 @@ def test_latents_of_a_checkpoint(run: Run, work: Path) -> None:
         (["dump", "opt", "text.jsonl", "x", "--hooks", "blocks.0.mlp.hook_pst"], 2, "blocks.0.mlp.hook_post"),
         (["dump", "opt", "text.jsonl", "x", "--topk", "8", "--min-abs", "1"], 2, "exclude each other"),
         (["dump", "opt", "text.jsonl", "x", "--codec", "gzip"], 2, "gzip"),
-        (["dump", "gpt2", "text.jsonl", "x"], 2, "topk"),
+        (["dump", "gpt2", "text.jsonl", "x"], 2, "--topk"),
+        (["dump", "opt", "text.jsonl", "x", "--context-size", "65"], 2, "--context-size 64"),
         (["dump", "opt", "text.jsonl", "x", "--sae", "blocks.0.hook_resid_pre"], 2, "HOOK=PATH"),
         (["info", "nowhere"], 1, "is no dump"),
         (["verify", "opt"], 1, "is no dump"),

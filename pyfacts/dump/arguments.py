@@ -55,11 +55,26 @@ def dumped_points(
     return points, latents
 
 
+def max_context(model: nn.Module) -> int | None:
+    """The longest sequence that the model's config allows; None if it names no limit."""
+    config = getattr(model, "config", None) or getattr(model, "cfg", None)
+    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "n_ctx"))
+    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
+
+
 def default_context(model: nn.Module) -> int:
     """The longest sequence that text is cut into unasked."""
-    config = getattr(model, "config", None)
-    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "n_ctx"))
-    return min([MAX_DEFAULT_CONTEXT, *(limit for limit in limits if isinstance(limit, int) and limit > 0)])
+    return min(MAX_DEFAULT_CONTEXT, max_context(model) or MAX_DEFAULT_CONTEXT)
+
+
+def check_lengths(model: nn.Module, longest: int) -> None:
+    """Raises ValueError if a sequence is longer than the model takes: it would fail, or go on without meaning."""
+    limit = max_context(model)
+    if limit is not None and longest > limit:
+        raise ValueError(
+            f"a sequence has {longest:,} tokens, and the model takes {limit:,} positions: cut sequences with "
+            f"context_size={limit} (--context-size {limit}) or less"
+        )
 
 
 def check_vocabulary(model: nn.Module, highest_id: int) -> None:

@@ -217,7 +217,9 @@ def open_inside(path: Path, root: Path) -> int:
         if os.path.commonpath([real, os.path.realpath(root)]) != os.path.realpath(root):
             raise DumpError(f"leads out of the dump, to {real}", path=path)
         fd = os.open(real, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would block for ever
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise DumpError(f"cannot be opened: {error.strerror}", path=path) from error
+    except ValueError as error:
         raise DumpError(f"cannot be opened: {error}", path=path) from error
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)

@@ -261,9 +261,11 @@ def check_same(existing: Plan, wanted: Plan, path: Path) -> None:
     """Raises DumpError, naming the first field that differs, if the directory holds another dump."""
     if difference := wanted.difference(existing):
         name, mine, theirs = difference
+        empty = not any(os.path.lexists(record_path(path.parent, shard)) for shard in range(existing.n_shards))
         raise DumpError(
             f"the directory holds another dump: {name} is {theirs!r:.200} there and {mine!r:.200} here; dump into "
-            "another directory, or with the same model, tokens and arguments to resume",
+            "another directory, or with the same model, tokens and arguments to resume"
+            + (". It has no committed shard yet: if nobody is writing it, delete it and start anew" if empty else ""),
             path=path,
         )
 

@@ -308,6 +308,22 @@ class DumpedHook:
         return self.nnz / max(1, self._dump.n_tokens_committed * self.width)
 
     @property
+    def dropped_share(self) -> float:
+        """Share of the squared norm of the committed rows that a `select` dropped; 0.0 when only zeros were."""
+        self._neurons_only()
+        if not self._dump._plan.lossy:
+            return 0.0
+        kept = total = 0.0
+        for shard in self._dump._records:
+            file = self._file(shard)
+            kept += float(file.statistics()[2].sum())
+            for block in range(len(file.blocks)):
+                sq_norm = file.sq_norm(block)
+                assert sq_norm is not None, "a lossy dump has the norms"
+                total += float(sq_norm.sum())
+        return max(0.0, 1.0 - kept / total) if total else 0.0
+
+    @property
     def n_bytes(self) -> int:
         """Bytes of the committed files of this hook."""
         return sum(record.hook_files[self.name].bytes for record in self._dump._records.values())

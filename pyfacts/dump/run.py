@@ -19,6 +19,7 @@ from ..encoding import EncodedActivations, human_bytes
 from ..stream import ActivationStream
 from . import files, layout
 from .arguments import (
+    check_lengths,
     check_vocabulary,
     default_context,
     dumped_points,
@@ -138,6 +139,7 @@ def dump(
             default_context_size=default_context(module),
             token_mask=token_mask,
         )
+        check_lengths(module, int(source.length.max(initial=0)))
         survey = source.survey()
         check_vocabulary(module, survey.highest_id)
         plan = Plan(
@@ -405,5 +407,6 @@ def _refuse_dense(parts: Mapping[str, Any], n_tokens: int) -> None:
     raise ValueError(
         f"the neurons are {density:.0%} dense ({name}: {densest.density:.0%}): packing would save next to nothing, and "
         f"{n_tokens:,} tokens would take {human_bytes(n_bytes)}. Keep less with select=pyfacts.topk(k) or "
-        "select=pyfacts.min_abs(theta), dump the latents of an SAE, or say allow_dense=True"
+        "pyfacts.min_abs(theta) (--topk, --min-abs), dump the latents of an SAE with saes= (--sae), or say "
+        "allow_dense=True (--allow-dense)"
     )

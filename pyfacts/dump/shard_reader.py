@@ -86,13 +86,17 @@ class HookFile:
         ]
         for c, column in enumerate(zip(*frames, strict=True)):
             if column_digest(column) != int(digests[begin + c]):
-                # Which plane is damaged the digest cannot tell; the column's index is where to start looking.
-                offset = self._file.offset(names[0], int(starts[begin + c, 0]))
+                # One digest covers the column's bytes in all four planes.
+                ranges = [
+                    f"{name} at {self._file.offset(name, int(starts[begin + c, p]))} ({len(column[p])})"
+                    for p, name in enumerate(names)
+                ]
                 raise DumpError(
-                    f"the bytes of column {begin + c} do not fit its checksum in {block}/column_xxh3",
+                    f"the bytes of column {begin + c} do not fit their checksum; the damage is in one of (with the "
+                    f"byte in the file, and bytes) {', '.join(ranges)}, or in the checksum",
                     path=self._file.path,
-                    tensor=names[0],
-                    offset=offset,
+                    tensor=f"{block}/column_xxh3",
+                    offset=self._file.offset(f"{block}/column_xxh3", 8 * (begin + c)),
                 )
         if self._codec != "none":
             planes = []
