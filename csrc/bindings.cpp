@@ -15,6 +15,7 @@
 
 #include "cpu/encoding.h"
 #include "storage/block.h"
+#include "storage/split.h"
 
 namespace py = pybind11;
 using namespace pyfacts;
@@ -285,6 +286,84 @@ std::unique_ptr<Encoding> join_block(const py::object& occupancy, const py::obje
   return std::make_unique<Encoding>(counts, index, values, tile_ptr, n_features, dtype);
 }
 
+void expect_item_bytes(int64_t item_bytes) {
+  if (item_bytes != 2 && item_bytes != 4 && item_bytes != 8)
+    throw py::value_error("item_bytes must be 2, 4 or 8, got " + std::to_string(item_bytes));
+}
+
+void expect_column(int64_t width) {
+  if (width < 1 || width > kColumnWidth)
+    throw py::value_error("width must be in [1, 256], got " + std::to_string(width));
+}
+
+storage::IndexSizes sizes_of(const Bytes& counts, int64_t width) {
+  expect_column(width);
+  return storage::index_sizes(counts.data(), counts.size(), width);
+}
+
+py::tuple index_sizes(const py::object& counts, int64_t width) {
+  const storage::IndexSizes sizes = sizes_of(Bytes(counts), width);
+  return py::make_tuple(sizes.positions, sizes.bitmaps);
+}
+
+// A column's index -> (gaps u8 [n], bitmaps u8 [m]).
+py::tuple split_index(const py::object& counts, const py::object& index, int64_t width) {
+  const Bytes count_bytes(counts), index_bytes(index);
+  const storage::IndexSizes sizes = sizes_of(count_bytes, width);
+  expect_size("index", index_bytes, sizes.positions + sizes.bitmaps);
+  Array8 gaps(sizes.positions), bitmaps(sizes.bitmaps);
+  uint8_t* const gap_data = gaps.mutable_data();
+  uint8_t* const bitmap_data = bitmaps.mutable_data();
+  {
+    py::gil_scoped_release release;
+    storage::split_index(count_bytes.data(), count_bytes.size(), width, index_bytes.data(), gap_data, bitmap_data);
+  }
+  return py::make_tuple(gaps, bitmaps);
+}
+
+Array8 join_index(const py::object& counts, const py::object& gaps, const py::object& bitmaps, int64_t width) {
+  const Bytes count_bytes(counts), gap_bytes(gaps), bitmap_bytes(bitmaps);
+  const storage::IndexSizes sizes = sizes_of(count_bytes, width);
+  expect_size("gaps", gap_bytes, sizes.positions);
+  expect_size("bitmaps", bitmap_bytes, sizes.bitmaps);
+  Array8 index(sizes.positions + sizes.bitmaps);
+  uint8_t* const out = index.mutable_data();
+  {
+    py::gil_scoped_release release;
+    storage::join_index(count_bytes.data(), count_bytes.size(), width, gap_bytes.data(), bitmap_bytes.data(), out);
+  }
+  return index;
+}
+
+// Items of item_bytes -> u8 [item_bytes, n].
+Array8 split_items(const py::object& items, int64_t item_bytes) {
+  expect_item_bytes(item_bytes);
+  const Bytes bytes(items);
+  const int64_t n = bytes.size() / item_bytes;
+  expect_size("items", bytes, n * item_bytes);
+  Array8 planes(std::vector<py::ssize_t>{item_bytes, n});
+  uint8_t* const out = planes.mutable_data();
+  {
+    py::gil_scoped_release release;
+    storage::split_items(bytes.data(), n, item_bytes, out);
+  }
+  return planes;
+}
+
+Array8 join_items(const py::object& planes, int64_t item_bytes) {
+  expect_item_bytes(item_bytes);
+  const Bytes bytes(planes);
+  const int64_t n = bytes.size() / item_bytes;
+  expect_size("planes", bytes, n * item_bytes);
+  Array8 items(n * item_bytes);
+  uint8_t* const out = items.mutable_data();
+  {
+    py::gil_scoped_release release;
+    storage::join_items(bytes.data(), n, item_bytes, out);
+  }
+  return items;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_storage, m) {
@@ -317,6 +396,11 @@ PYBIND11_MODULE(_storage, m) {
   m.def("split_counts", &split_counts, py::arg("encoding"));
   m.def("join_block", &join_block, py::arg("occupancy"), py::arg("occupied"), py::arg("index"), py::arg("values"),
         py::arg("length"), py::arg("n_tokens"), py::arg("n_features"), py::arg("dtype"), py::arg("signed_zero"));
+  m.def("index_sizes", &index_sizes, py::arg("counts"), py::arg("width"));
+  m.def("split_index", &split_index, py::arg("counts"), py::arg("index"), py::arg("width"));
+  m.def("join_index", &join_index, py::arg("counts"), py::arg("gaps"), py::arg("bitmaps"), py::arg("width"));
+  m.def("split_items", &split_items, py::arg("items"), py::arg("item_bytes"));
+  m.def("join_items", &join_items, py::arg("planes"), py::arg("item_bytes"));
   m.def("isa", &cpu::isa);
   m.def("isa_error", &cpu::isa_error);
 }

@@ -107,7 +107,7 @@ def dump_command(
     ] = None,
     topk: Annotated[int | None, typer.Option(help="Keep the k largest |activations| of each token.")] = None,
     min_abs: Annotated[float | None, typer.Option(help="Keep activations above this absolute value.")] = None,
-    codec: Annotated[str, typer.Option(help="'zstd', or 'none': faster to write, larger.")] = "zstd",
+    codec: Annotated[str, typer.Option(help="'zstd'; 'split': smaller; or 'none': faster to write, larger.")] = "zstd",
     batch_size: Annotated[int, typer.Option(help="Sequences of a forward pass.")] = 8,
     context_size: Annotated[int | None, typer.Option(help="Tokens of a sequence; longer texts are cut.")] = None,
     shard_tokens: Annotated[int, typer.Option(help="Tokens of a shard; a crash costs at most one shard.")] = 65536,

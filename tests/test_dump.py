@@ -36,7 +36,7 @@ def dense(model, ids):
     return hooked(model, HOOKS, [(batch,) for batch in ids.split(8)])
 
 
-@pytest.fixture(scope="module", params=["none", "zstd"])
+@pytest.fixture(scope="module", params=["none", "zstd", "split"])
 def dumped(request, model, ids, tmp_path_factory):
     out = tmp_path_factory.mktemp(request.param) / "out"
     return dump(model, ids, out, names_filter=HOOKS, codec=request.param, shard_tokens=5000)
@@ -237,7 +237,7 @@ print("fine")
 
 
 class TestDtypesAndSelect:
-    @pytest.mark.parametrize("codec", ["none", "zstd"])
+    @pytest.mark.parametrize("codec", ["none", "zstd", "split"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
     def test_dtypes(self, dtype, codec, tmp_path):
         model, ids = TinyModel(dtype=dtype), tokens(20)
@@ -246,7 +246,7 @@ class TestDtypesAndSelect:
         assert torch.equal(d[HOOKS[1]][:].to_dense(), expected[HOOKS[1]])
         d.verify()
 
-    @pytest.mark.parametrize("codec", ["none", "zstd"])
+    @pytest.mark.parametrize("codec", ["none", "zstd", "split"])
     def test_select_is_recorded_with_what_it_dropped(self, model, ids, dense, codec, tmp_path):
         select = topk(5)
         d = dump(model, ids[:100], tmp_path, names_filter=HOOKS, select=select, codec=codec, shard_tokens=500)
@@ -260,7 +260,7 @@ class TestDtypesAndSelect:
 
 
 class TestHuggingFace:
-    @pytest.mark.parametrize("codec", ["none", "zstd"])
+    @pytest.mark.parametrize("codec", ["none", "zstd", "split"])
     def test_opt_with_padding_rows_and_a_mask(self, codec, tmp_path):
         from tiny_models import opt
 

@@ -104,6 +104,10 @@ class TestFormatDocument:
         for _, dtype in layout.STATISTICS:
             assert dtype in self.text
         block = layout.neuron_block(make.HOOKS[0], 0, 8, "none", True)
-        for tensor in [*block, *layout.row_block(make.HOOKS[2], 0, 8, "none"), *layout.statistics(make.HOOKS[0])]:
+        for tensor in [
+            *block,
+            *layout.row_block(make.HOOKS[2], 0, 8, "none"),
+            *layout.statistics(make.HOOKS[0], "none"),
+        ]:
             name = tensor.name.replace("0/", "{b}/", 1) if tensor.name.startswith("0/") else tensor.name
             assert f"`{name}`" in self.text, name

@@ -293,6 +293,8 @@ class TestWhatIsWrongIsSaid:
         forger = Forger(golden)
         set_int64(forger.tensors[tensor], index, value)
         forger.sign()
+        if codec == "split" and tensor == "feature/nnz":
+            message = tensor  # compressed: the change is one of a frame
         with pytest.raises(DumpError, match=message) as caught:
             open_dump(golden, framework="numpy").verify()
         assert caught.value.tensor == tensor
@@ -480,7 +482,7 @@ class TestRecords:
         [
             (lambda p: p.update(version=2), "version 2"),
             (lambda p: p.update(format="x"), "format"),
-            (lambda p: p.update(codec="split"), "split"),
+            (lambda p: p.update(codec="gzip"), "gzip"),
             (lambda p: p.update(hooks=[]), "hook"),
             (lambda p: p["hooks"].append(p["hooks"][0]), "twice"),
             (lambda p: p["hooks"][0].update(width=0), "width"),

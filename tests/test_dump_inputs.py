@@ -245,7 +245,7 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"codec": "gzip"}, "none, zstd"),
+            ({"codec": "gzip"}, "none, zstd, split"),
             ({"batch_size": 0}, "batch_size"),
             ({"shard_tokens": 0}, "shard_tokens"),
             ({"context_size": 0}, "context_size"),

@@ -10,7 +10,7 @@ FORMAT_VERSION = 1
 BLOCK_TOKENS = 4096  # a block is closed as soon as it has this many
 MAX_BLOCK_TOKENS = 2**31 - 1
 COLUMN_WIDTH = 256
-CODECS = ("none", "zstd")
+CODECS = ("none", "zstd", "split")
 KINDS = ("neurons", "rows")
 TOKENS_FILE = "tokens.safetensors"
 
@@ -44,6 +44,9 @@ class HookSpec:
     @property
     def n_columns(self) -> int:
         return -(-self.width // COLUMN_WIDTH)
+
+    def column_width(self, column: int) -> int:
+        return min(COLUMN_WIDTH, self.width - column * COLUMN_WIDTH)
 
     @property
     def item_bytes(self) -> int:
@@ -94,10 +97,10 @@ def row_block(hook: HookSpec, block: int, n_tokens: int | None, codec: str) -> I
     yield TensorSpec(f"{block}/padding", "U8", (None,))
 
 
-def statistics(hook: HookSpec) -> Iterator[TensorSpec]:
+def statistics(hook: HookSpec, codec: str) -> Iterator[TensorSpec]:
     """The per-feature statistics at the end of a file of encoded activations."""
     for name, dtype in STATISTICS:
-        yield TensorSpec(name, dtype, (hook.width,))
+        yield TensorSpec(name, "U8", (None,)) if codec == "split" else TensorSpec(name, dtype, (hook.width,))
     yield TensorSpec("feature/padding", "U8", (None,))
     yield TensorSpec("feature/xxh3", "U64", (1,))
 
@@ -110,7 +113,7 @@ def hook_file(hook: HookSpec, blocks: list[int | None], codec: str, lossy: bool)
         else:
             yield from row_block(hook, block, n_tokens, codec)
     if hook.kind == "neurons":
-        yield from statistics(hook)
+        yield from statistics(hook, codec)
 
 
 def tokens_file(n_tokens: int, id_dtype: str) -> list[TensorSpec]:

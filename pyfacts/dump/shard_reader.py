@@ -1,17 +1,18 @@
 """Reads one committed shard: checks what it reads, then hands out encodings, rows and statistics. No torch here."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
-import zstandard
 
 from .. import _storage
 from . import layout
 from .arrays import BITS
-from .container import TensorFile
+from .codec import CodecError, Split, codec_of
+from .container import ITEM_BYTES, NUMPY_DTYPES, TensorFile
 from .errors import DumpError
 from .layout import PLANES, HookSpec, TensorSpec
 from .plan import Plan, ShardRecord
@@ -28,7 +29,7 @@ class HookFile:
     def __init__(self, root: Path, plan: Plan, record: ShardRecord, hook: HookSpec) -> None:
         entry = record.hook_files[hook.name]
         self.hook, self.blocks = hook, record.blocks
-        self._codec, self._signed_zero, self._lossy = plan.codec, plan.signed_zero, plan.lossy
+        self._codec, self._signed_zero, self._lossy = codec_of(plan.codec), plan.signed_zero, plan.lossy
         path = root / record.directory / entry.file
         self._file = TensorFile(path, root, entry.bytes, entry.header_xxh3)
         expected = layout.metadata(hook, list(record.blocks), plan.codec, plan.signed_zero, record.token_start)
@@ -42,8 +43,7 @@ class HookFile:
 
     def column(self, block: int, column: int) -> "_storage.Encoding":
         """Returns one column of a block, checked; no byte of another column is read."""
-        width = min(layout.COLUMN_WIDTH, self.hook.width - column * layout.COLUMN_WIDTH)
-        return self._columns(block, column, column + 1, width)
+        return self._columns(block, column, column + 1, self.hook.column_width(column))
 
     def rows(self, block: int) -> np.ndarray:
         """Returns a block of plain rows [n_tokens, width], mapped or decompressed; bfloat16 as its bits."""
@@ -51,8 +51,10 @@ class HookFile:
         stored = self._file.bytes(name)
         self._check_digest(f"{name}_xxh3", name, column_digest([stored]))
         shape = (self.blocks[block], self.hook.width)
-        if self._codec != "none":
-            stored = memoryview(self._decompress(stored, shape[0] * shape[1] * self.hook.item_bytes, name, 0))
+        if self._codec is not None:
+            item = self.hook.item_bytes
+            with self._located(name, 0):
+                stored = memoryview(self._codec.unpack(stored, shape[0] * shape[1] * item, item))
         return np.frombuffer(stored, BITS[self.hook.dtype]).reshape(shape)
 
     def sq_norm(self, block: int) -> np.ndarray | None:
@@ -67,10 +69,17 @@ class HookFile:
     def statistics(self) -> tuple[np.ndarray, ...]:
         """Returns nnz i64, sum f64, sum_sq f64 and max f32 of every feature over the shard."""
         if self._statistics is None:
-            shape = (self.hook.width,)
-            arrays = tuple(self._file.array(name, dtype, shape) for name, dtype in layout.STATISTICS)
-            self._check_digest("feature/xxh3", layout.STATISTICS[0][0], column_digest(arrays))
-            self._statistics = arrays
+            names = [name for name, _ in layout.STATISTICS]
+            stored = [self._file.bytes(name) for name in names]
+            self._check_digest("feature/xxh3", names[0], column_digest(stored))
+            arrays = []
+            for (name, dtype), data in zip(layout.STATISTICS, stored, strict=True):
+                if isinstance(self._codec, Split):
+                    item = ITEM_BYTES[dtype]
+                    with self._located(name, 0):
+                        data = memoryview(self._codec.unpack(data, self.hook.width * item, item))
+                arrays.append(np.frombuffer(data, NUMPY_DTYPES[dtype]).copy())
+            self._statistics = tuple(arrays)
         return self._statistics
 
     def _columns(self, block: int, begin: int, end: int, n_features: int) -> "_storage.Encoding":
@@ -98,15 +107,12 @@ class HookFile:
                     tensor=f"{block}/column_xxh3",
                     offset=self._file.offset(f"{block}/column_xxh3", 8 * (begin + c)),
                 )
-        if self._codec != "none":
-            planes = []
-            for p, name in enumerate(names):
-                pieces = [
-                    self._decompress(frame, int(lengths[begin + c, p]), name, int(starts[begin + c, p]))
-                    for c, frame in enumerate(frames[p])
-                ]
-                planes.append(memoryview(b"".join(pieces)))
-            stored = planes
+        if self._codec is not None:
+            columns = [
+                self._unpacked(block, begin + c, column, starts[begin + c].tolist(), lengths[begin + c].tolist())
+                for c, column in enumerate(zip(*frames, strict=True))
+            ]
+            stored = [memoryview(b"".join(pieces)) for pieces in zip(*columns, strict=True)]
         try:
             occupancy, counts, index, values = stored
             return _storage.join_block(
@@ -163,28 +169,36 @@ class HookFile:
         bad[:, 3] |= lengths[:, 3] % hook.item_bytes != 0
         stored = np.diff(starts, axis=0)
         # What is stored raw is as long as it is; a frame stands exactly where there are bytes.
-        bad |= stored != lengths if self._codec == "none" else (stored == 0) != (lengths == 0)
+        bad |= stored != lengths if self._codec is None else (stored == 0) != (lengths == 0)
         if bad.any():
             row = int(bad.any(1).argmax())
             fail("column_length", row, f"{lengths[row].tolist()} bytes cannot be, for {n_tokens} tokens")
         self._pointers[block] = starts, lengths, digests
         return self._pointers[block]
 
-    def _decompress(self, frame: memoryview, n_bytes: int, tensor: str, begin: int) -> bytes:
-        """Decompresses one frame that must hold n_bytes, no more and no less; nothing larger is ever allocated."""
-        if not len(frame) and not n_bytes:
-            return b""
+    def _unpacked(
+        self, block: int, column: int, stored: Sequence[memoryview], starts: list[int], lengths: list[int]
+    ) -> list[bytes | memoryview]:
+        """The four planes of a column, through the codec."""
+        codec = self._codec
+        assert codec is not None
+        pieces: list[bytes | memoryview] = []
+        for plane, piece, start, n_bytes in zip(PLANES, stored, starts, lengths, strict=True):
+            with self._located(f"{block}/{plane}", start):
+                if plane == "index":
+                    pieces.append(codec.unpack_index(piece, n_bytes, pieces[1], self.hook.column_width(column)))
+                else:
+                    pieces.append(codec.unpack(piece, n_bytes, self.hook.item_bytes if plane == "values" else 1))
+        return pieces
+
+    @contextmanager
+    def _located(self, tensor: str, byte: int) -> Iterator[None]:
+        """Says where the stored bytes lie that a codec refuses."""
         try:
-            claimed = zstandard.frame_content_size(frame)
-            if claimed != n_bytes:
-                raise zstandard.ZstdError(f"the frame holds {claimed} bytes, expected {n_bytes}")
-            data = zstandard.ZstdDecompressor().decompress(frame, allow_extra_data=False)
-            if len(data) != n_bytes:
-                raise zstandard.ZstdError(f"the frame gave {len(data)} bytes, expected {n_bytes}")
-        except (zstandard.ZstdError, MemoryError) as error:
-            offset = self._file.offset(tensor, begin)
+            yield
+        except (CodecError, MemoryError) as error:
+            offset = self._file.offset(tensor, byte)
             raise DumpError(str(error), path=self._file.path, tensor=tensor, offset=offset) from error
-        return data
 
     def _check_digest(self, name: str, of: str, actual: int) -> None:
         if int(self._file.array(name, "U64", (1,))[0]) != actual:

@@ -7,16 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zstandard
 
 from .. import _storage
 from . import files, layout
+from .codec import Split, codec_of
 from .container import TensorWriter, header_room
 from .layout import HookSpec
 from .plan import FileRecord, Plan, ShardRecord, hook_file_name, record_path, shard_name
 from .statistics import as_bytes, column_digest, digest_array, new_statistics
-
-ZSTD_LEVEL = 1
 
 
 class HookWriter:
@@ -37,7 +35,7 @@ class HookWriter:
         tensors = layout.hook_file(hook, blocks, plan.codec, plan.lossy)
         room = header_room(((t.name, t.dtype, len(t.shape)) for t in tensors), self._metadata([n_tokens] * len(blocks)))
         self._file = TensorWriter(path, room)
-        self._compressor = zstandard.ZstdCompressor(level=ZSTD_LEVEL) if plan.codec == "zstd" else None
+        self._codec = codec_of(plan.codec)
         self.blocks: list[int] = []
         self.nnz = 0
         self._statistics = new_statistics(hook.width)
@@ -54,9 +52,8 @@ class HookWriter:
             [plane[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
             for plane, bounds in zip(planes, starts.T.tolist(), strict=True)
         ]
-        if self._compressor is not None:
-            # A plane of no bytes has no frame.
-            pieces = [[self._compressor.compress(p) if len(p) else b"" for p in column] for column in pieces]
+        if self._codec is not None:
+            pieces = self._packed(pieces)
             np.cumsum([[len(p) for p in column] for column in pieces], axis=1, out=starts[1:].T)
             planes = [b"".join(column) for column in pieces]
         digests = [column_digest(frames) for frames in zip(*pieces, strict=True)]
@@ -71,7 +68,7 @@ class HookWriter:
             self._add(f"{block}/sq_norm_xxh3", "U64", digest_array(sq_norm))
         stored = dict(zip(layout.PLANES, planes, strict=True))
         values = stored.pop("values")
-        if self._compressor is None:
+        if self._codec is None:
             self._file.add(f"{block}/values", layout.SAFETENSORS_DTYPES[hook.dtype], (encoding.nnz,), values)
         else:
             self._file.add(f"{block}/values", "U8", (len(values),), values)
@@ -86,9 +83,11 @@ class HookWriter:
     def add_rows(self, rows: np.ndarray) -> None:
         """Appends a block of plain rows: the bits [n_tokens, width]."""
         block = len(self.blocks)
-        stored: Any = as_bytes(rows) if self._compressor is None else self._compressor.compress(as_bytes(rows))
+        stored: Any = as_bytes(rows)
+        if self._codec is not None:
+            stored = self._codec.pack(stored, self._hook.item_bytes)
         self._add(f"{block}/rows_xxh3", "U64", digest_array(stored))
-        if self._compressor is None:
+        if self._codec is None:
             self._file.add(f"{block}/rows", layout.SAFETENSORS_DTYPES[self._hook.dtype], rows.shape, stored)
         else:
             self._file.add(f"{block}/rows", "U8", (len(stored),), stored)
@@ -99,14 +98,30 @@ class HookWriter:
     def finish(self) -> tuple[int, str]:
         """Writes statistics and header, durably. Returns the file's bytes and its header's digest."""
         if self._hook.kind == "neurons":
-            for (name, dtype), array in zip(layout.STATISTICS, self._statistics, strict=True):
-                self._add(name, dtype, array)
+            stored: list[Any] = list(self._statistics)
+            if isinstance(self._codec, Split):
+                stored = [self._codec.pack(as_bytes(array), array.itemsize) for array in stored]
+            specs = layout.statistics(self._hook, self._plan.codec)
+            for spec, array in zip(specs, stored, strict=False):
+                self._file.add(spec.name, spec.dtype, (len(array),), array)
             self._file.pad("feature/padding")
-            self._add("feature/xxh3", "U64", digest_array(*self._statistics))
+            self._add("feature/xxh3", "U64", digest_array(*stored))
         return self._file.finish(self._metadata(self.blocks))
 
     def close(self) -> None:
         self._file.close()
+
+    def _packed(self, pieces: list[list[Any]]) -> list[list[bytes]]:
+        """The pieces of every plane, column by column, through the codec."""
+        codec, hook = self._codec, self._hook
+        assert codec is not None
+        occupancy, counts, index, values = pieces
+        return [
+            [codec.pack(piece, 1) for piece in occupancy],
+            [codec.pack(piece, 1) for piece in counts],
+            [codec.pack_index(i, n, hook.column_width(c)) for c, (i, n) in enumerate(zip(index, counts, strict=True))],
+            [codec.pack(piece, hook.item_bytes) for piece in values],
+        ]
 
     def _add(self, name: str, dtype: str, array: np.ndarray) -> None:
         self._file.add(name, dtype, array.shape, array)

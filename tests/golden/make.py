@@ -25,7 +25,7 @@ HOOKS = (
     HookSpec("layers.1/odd name:output", "layers.1", "output", 17, "neurons", "float32"),
     HookSpec("blocks.0.hook_resid_pre", "layers.0", "input", 5, "rows", "float16"),
 )
-CODECS = ("none", "zstd")
+CODECS = ("none", "zstd", "split")
 NUMPY = {"bfloat16": np.uint16, "float16": np.uint16, "float32": np.uint32}
 
 
