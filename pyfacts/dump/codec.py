@@ -81,7 +81,8 @@ class Split(Zstd):
             raise CodecError(f"the counts claim {sum(sizes)} bytes of index, expected {n_bytes}")
         if not n_bytes:
             return super().unpack(stored, 0, 1)
-        return _storage.join_index(counts, *self._cut(stored, sizes), width).data
+        gaps, bitmaps = self._cut(stored, sizes)
+        return _storage.join_index(counts, gaps, bitmaps, width).data
 
     def _join(self, parts: Any) -> bytes:
         *frames, last = (super(Split, self).pack(part, 1) for part in parts)
