@@ -335,33 +335,30 @@ Array8 join_index(const py::object& counts, const py::object& gaps, const py::ob
   return index;
 }
 
-// Items of item_bytes -> u8 [item_bytes, n].
-Array8 split_items(const py::object& items, int64_t item_bytes) {
+using Reorder = void (*)(const uint8_t* in, int64_t n, int64_t item_bytes, uint8_t* out);
+
+Array8 reordered(const py::object& object, int64_t item_bytes, Reorder reorder) {
   expect_item_bytes(item_bytes);
-  const Bytes bytes(items);
+  const Bytes bytes(object);
   const int64_t n = bytes.size() / item_bytes;
-  expect_size("items", bytes, n * item_bytes);
-  Array8 planes(std::vector<py::ssize_t>{item_bytes, n});
-  uint8_t* const out = planes.mutable_data();
+  expect_size("the buffer", bytes, n * item_bytes);
+  Array8 result(n * item_bytes);
+  uint8_t* const out = result.mutable_data();
   {
     py::gil_scoped_release release;
-    storage::split_items(bytes.data(), n, item_bytes, out);
+    reorder(bytes.data(), n, item_bytes, out);
   }
-  return planes;
+  return result;
+}
+
+// Items of item_bytes -> u8 [item_bytes, n].
+py::array split_items(const py::object& items, int64_t item_bytes) {
+  Array8 planes = reordered(items, item_bytes, storage::split_items);
+  return planes.reshape({item_bytes, planes.size() / item_bytes});
 }
 
 Array8 join_items(const py::object& planes, int64_t item_bytes) {
-  expect_item_bytes(item_bytes);
-  const Bytes bytes(planes);
-  const int64_t n = bytes.size() / item_bytes;
-  expect_size("planes", bytes, n * item_bytes);
-  Array8 items(n * item_bytes);
-  uint8_t* const out = items.mutable_data();
-  {
-    py::gil_scoped_release release;
-    storage::join_items(bytes.data(), n, item_bytes, out);
-  }
-  return items;
+  return reordered(planes, item_bytes, storage::join_items);
 }
 
 }  // namespace

@@ -98,7 +98,7 @@ def row_block(hook: HookSpec, block: int, n_tokens: int | None, codec: str) -> I
 
 
 def statistics(hook: HookSpec, codec: str) -> Iterator[TensorSpec]:
-    """The per-feature statistics at the end of a file of encoded activations."""
+    """The per-feature statistics at the end of a file of encoded activations; `split` alone compresses them."""
     for name, dtype in STATISTICS:
         yield TensorSpec(name, "U8", (None,)) if codec == "split" else TensorSpec(name, dtype, (hook.width,))
     yield TensorSpec("feature/padding", "U8", (None,))
