@@ -143,7 +143,7 @@ def dump_command(
             progress=progress,
         )
     out.print(
-        escape(f"{out_directory}: {d.n_tokens:,} tokens of {len(d.hook_names)} hooks, {_size(d.n_bytes)}"),
+        escape(f"{out_directory}: {d.n_tokens:,} tokens of {_count(len(d.hook_names), 'hook')}, {_size(d.n_bytes)}"),
         highlight=False,
     )
 
