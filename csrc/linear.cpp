@@ -1,11 +1,8 @@
-// The product of a block of tokens and a block of features goes to scratch memory that stays in the cache, and is
-// packed from there; the dense result never reaches memory.
+// The product of a block of tokens and a block of features stays in the cache, and is packed from there; the dense
+// result never reaches memory.
 //
-// Floor: the product, 2 * n_tokens * d_in * n_features operations at the rate at which torch's own library (oneDNN,
-// MKL) multiplies; it runs at the peak of two Zen 5 cores (190 GFLOP/s in float32, 870 in bfloat16), so that there is
-// nothing to gain inside it. What is saved are the dense matrix's writes and reads. Predicted from the product alone in
-// such blocks: 0.74 (float32) and 0.65 (bfloat16) of relu(linear)'s time from 1,024 to 16,384; measured with the
-// packing 0.78 to 0.83 and 0.69 to 0.72.
+// Floor: the product, 2 * n_tokens * d_in * n_features operations at the rate of product.h. What is saved beside
+// relu(linear) are the dense matrix's writes and reads.
 #include "linear.h"
 
 #include <algorithm>
@@ -14,6 +11,7 @@
 #include <vector>
 
 #include "cpu/topk.h"
+#include "product.h"
 
 namespace pyfacts {
 namespace {
@@ -21,14 +19,17 @@ namespace {
 using torch::stable::narrow;
 using torch::stable::new_empty;
 
-// With blocks of 256 rows or 256 features the product itself is up to 10 % slower. 2048 rows of 512 features are 4 MiB
-// of float32; every thread works on as many features more.
-constexpr int64_t kBlockTokens = 2048;
-constexpr int64_t kBlockFeaturesOfThread = 512;
-constexpr int64_t kMaxBlockFeatures = 8192;
+// 4,096 tokens are enough to be worth reordering the weight for. Of fewer tokens a block takes more features: narrow
+// products are slower, by 10 % at 256 features.
+constexpr int64_t kBlockTokens = 4096;
+constexpr int64_t kBlockElementsOfThread = 1 << 20;
+constexpr int64_t kMaxBlockElements = 1 << 22;  // 16 MiB of float32; glibc keeps up to 32 MiB for the next block
 
-int64_t block_features() {
-  return std::min(kBlockFeaturesOfThread * static_cast<int64_t>(torch::stable::get_num_threads()), kMaxBlockFeatures);
+int64_t block_features(int64_t n_tokens) {
+  const int64_t n_threads = torch::stable::get_num_threads();
+  const int64_t elements = std::min(kBlockElementsOfThread * n_threads, kMaxBlockElements);
+  const int64_t columns = elements / std::clamp<int64_t>(n_tokens, 1, kBlockTokens) / kColumnWidth;
+  return std::max<int64_t>(columns, 1) * kColumnWidth;
 }
 
 // Part of the result: tokens by features.
@@ -42,7 +43,7 @@ struct Block {
 // body(block) for all blocks: a row of blocks after the other, each from left to right.
 template <typename Body>
 void for_blocks(int64_t n_tokens, int64_t n_features, Body body) {
-  const int64_t step = block_features();
+  const int64_t step = block_features(n_tokens);
   for (int64_t token = 0; token < n_tokens; token += kBlockTokens) {
     for (int64_t feature = 0; feature < n_features; feature += step) {
       body(Block{token, std::min(kBlockTokens, n_tokens - token), feature, std::min(step, n_features - feature)});
@@ -58,31 +59,22 @@ class Linear {
     check_matrix(x, "x");
     check_matrix(weight, "weight");
     STD_TORCH_CHECK(x.scalar_type() == weight.scalar_type(), "x and weight must have one dtype");
-    scratch_ =
-        new_empty(x, {std::min(kBlockTokens, n_tokens()), std::min(block_features(), n_features())}, x.scalar_type());
   }
 
   int64_t n_tokens() const { return x_.size(0); }
   int64_t n_features() const { return weight_.size(0); }
 
-  // Lives until the next call.
   Tensor operator()(const Block& block) {
-    Tensor out = scratch_;
-    out = narrow(out, 0, 0, block.n_tokens);
-    out = narrow(out, 1, 0, block.n_features);
-    Tensor x = narrow(x_, 0, block.first_token, block.n_tokens);
-    Tensor weight = narrow(weight_, 0, block.first_feature, block.n_features);
     std::optional<Tensor> bias;
     if (bias_) bias = narrow(*bias_, 0, block.first_feature, block.n_features);
-    linear_out(x, weight, bias, out);
-    return out;
+    return linear(narrow(x_, 0, block.first_token, block.n_tokens),
+                  narrow(weight_, 0, block.first_feature, block.n_features), bias);
   }
 
  private:
   Tensor x_;
   Tensor weight_;
   std::optional<Tensor> bias_;
-  Tensor scratch_;
 };
 
 cpu::Dense dense_of(const Tensor& block) {

@@ -23,21 +23,17 @@ inline void run_on_torch_threads(int64_t n, cpu::ParallelBody body, void* contex
   STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, 1, body, context));
 }
 
-// An aten op that the stable headers do not wrap, and that returns a tensor.
+// An op of torch's that the stable headers do not wrap, and that returns a tensor.
 template <typename... Arguments>
-Tensor call_aten(const char* name, const char* overload, const Arguments&... arguments) {
+Tensor call_torch(const char* name, const char* overload, const Arguments&... arguments) {
   std::array<StableIValue, sizeof...(Arguments)> stack{torch::stable::detail::from(arguments)...};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-inline Tensor linear_out(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& out) {
-  return call_aten("aten::linear", "out", x, weight, bias, out);
-}
-
 // In place; a NaN stays, and -0.0 becomes +0.0 or stays (the encoding treats both alike).
-inline Tensor relu_(const Tensor& x) { return call_aten("aten::relu_", "", x); }
-inline Tensor square_(const Tensor& x) { return call_aten("aten::square_", "", x); }
-inline Tensor mul_(const Tensor& x, const Tensor& other) { return call_aten("aten::mul_", "Tensor", x, other); }
+inline Tensor relu_(const Tensor& x) { return call_torch("aten::relu_", "", x); }
+inline Tensor square_(const Tensor& x) { return call_torch("aten::square_", "", x); }
+inline Tensor mul_(const Tensor& x, const Tensor& other) { return call_torch("aten::mul_", "Tensor", x, other); }
 
 }  // namespace pyfacts

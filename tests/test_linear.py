@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 import pyfacts
 
 # n_tokens, d_in, n_features: nothing, one of each, ragged, more than a block of tokens, more than a block of features.
-SHAPES = [(0, 8, 300), (1, 1, 1), (3, 0, 5), (130, 16, 700), (2100, 4, 300), (40, 8, 5000)]
+SHAPES = [(0, 8, 300), (1, 1, 1), (3, 0, 5), (130, 16, 700), (4100, 4, 700), (40, 8, 5000)]
 
 
 def whole_numbers(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -113,6 +113,28 @@ def test_transposed_and_strided_operands() -> None:
     wide[::2, ::2] = x
     assert_encodes(pyfacts.linear_relu_encode(wide[::2, ::2], W_enc.T, bias), expected)
     assert_encodes(pyfacts.linear_topk_encode(wide[::2, ::2], W_enc.T, bias, 600), expected)
+
+
+WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "whole rows": lambda big: big[:1500, :64],
+    "every other row": lambda big: big[:3000:2, :64],
+    "every other element": lambda big: big[:1500, :128:2],
+    "transposed": lambda big: big.T[:1500, :64],
+    "one row for all": lambda big: big[:1, :64].expand(1500, 64),
+    "rows over one another": lambda big: big.as_strided((1500, 64), (3, 1)),
+}
+
+
+@pytest.mark.parametrize("weight", WEIGHTS.values(), ids=WEIGHTS)
+@pytest.mark.parametrize("n_tokens", [100, 600, 4200])  # on either side of what decides which product is taken
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_operands_of_any_strides(weight: Callable[[Tensor], Tensor], n_tokens: int, dtype: torch.dtype) -> None:
+    big = whole_numbers(3000, 3000, dtype=dtype)
+    x, w = whole_numbers(2 * n_tokens, 99, dtype=dtype, seed=1)[::2, :64], weight(big)
+    for bias in (big[0, :3000:2], big[:1, 0].expand(1500), big[0, 7:1507]):
+        assert_encodes(
+            pyfacts.linear_relu_encode(x, w, bias), linear(x.float(), w.float(), bias.float()).relu().to(dtype)
+        )
 
 
 def test_autocast_decides_the_dtype() -> None:

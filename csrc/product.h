@@ -1,0 +1,11 @@
+// The matrix product of torch's own libraries.
+#pragma once
+
+#include "stable.h"
+
+namespace pyfacts {
+
+// x @ weight.T + bias: [n_tokens, n_features].
+Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias);
+
+}  // namespace pyfacts
