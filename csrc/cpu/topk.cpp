@@ -61,8 +61,9 @@ void search_row(const Dense& block, int64_t row, int64_t first_feature, const Pr
 // ---- per token
 // -------------------------------------------------------------------------------------------------------
 
-// Room for as many candidates again as are kept, and for a whole segment: then a selection is rare.
-TopK::TopK(DType dtype, int64_t n_features, int64_t k) : rank_(dtype), k_(k), capacity_(2 * k + 2 * kColumnWidth) {
+// A selection follows a segment that brought as many candidates again as are kept; a whole segment may be one more.
+// Waiting for more of them makes selections fewer but larger, and the floor rises later: that costs more in all.
+TopK::TopK(DType dtype, int64_t n_features, int64_t k) : rank_(dtype), k_(k), capacity_(2 * k + kColumnWidth) {
   rows_.dtype = dtype;
   rows_.n_features = n_features;
 }
@@ -85,7 +86,7 @@ void TopK::scan(const Dense& block, int64_t row, int64_t first_feature, Candidat
       block, row, first_feature, rank_.nan(), thresholds,
       [&](uint32_t feature, uint32_t bits) { candidates->entries[candidates->n++] = {feature, bits}; },
       [&] {
-        if (candidates->n + kColumnWidth <= capacity_) return;
+        if (candidates->n <= capacity_ - kColumnWidth) return;
         keep_best(candidates);
         thresholds.fill(candidates->floor);
       });
