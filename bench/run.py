@@ -263,22 +263,30 @@ def size_table(rows: Rows) -> str:
     lines.append("| aim, at most | " + " | ".join(f"{aims[row['density']]:.2f}" for row in sizes) + " |")
     bound = max(row["of_dense"] for row in rows.find(op="bound"))
     if rows.find(op="bytes per latent on disk"):
-        lines += ["", latents_on_disk(rows)]
+        lines += ["", *on_disk(rows)]
     lines += ["", f"A matrix without a single zero takes {bound:.3f}x its dense size (aim: at most 1.07x)."]
     return "\n".join(lines)
 
 
-def latents_on_disk(rows: Rows) -> str:
-    shown = []
-    for dtype in ("bfloat16", "float32"):
-        found = [row["bytes"] for row in rows.find(op="bytes per latent on disk", dtype=dtype)]
-        shown.append(f"{min(found):.2f} to {max(found):.2f} ({dtype})")
-    row = rows.find(op="bytes per latent on disk")[0]
-    return (
-        f"On disk, 64 active latents a token of 131,072, {row['n_tokens']:,} tokens a shard, codec `zstd`: "
-        f"{' and '.join(shown)} bytes a value, from latents of Zipfian to uniform frequency (aim: at most 5), "
-        f"of which {row['statistics']:.2f} are statistics of every latent."
-    )
+def on_disk(rows: Rows) -> list[str]:
+    neurons, latents = rows.find(op="bytes per value on disk"), rows.find(op="bytes per latent on disk")
+    densities = sorted({row["density"] for row in neurons})
+    aims = {0.01: 2.41, 0.03: 2.19, 0.1: 1.96, 0.3: 1.73, 0.5: 1.6}
+    lines = [
+        f"Bytes per value on disk, {neurons[0]['n_tokens']:,} tokens a shard, everything included: bfloat16 neurons by "
+        "density, and an SAE of 131,072 latents, 64 active a token, of Zipfian to uniform frequency.",
+        "",
+        "| codec | " + " | ".join(f"{d:.0%}" for d in densities) + " | SAE, bfloat16 | SAE, float32 |",
+        "|---" * (len(densities) + 3) + "|",
+    ]
+    for codec in dict.fromkeys(row["codec"] for row in neurons):
+        cells = [f"{rows.one(op='bytes per value on disk', codec=codec, density=d)['bytes']:.2f}" for d in densities]
+        for dtype in ("bfloat16", "float32"):
+            found = [row["bytes"] for row in latents if (row["codec"], row["dtype"]) == (codec, dtype)]
+            cells.append(f"{min(found):.2f} to {max(found):.2f}")
+        lines.append(f"| `{codec}` | " + " | ".join(cells) + " |")
+    aim = [f"{aims[d]:.2f}" for d in densities]
+    return [*lines, "| aim, at most | " + " | ".join(aim) + " | 5 (`zstd`) | 5 (`zstd`) |"]
 
 
 if __name__ == "__main__":

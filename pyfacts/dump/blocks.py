@@ -10,9 +10,24 @@ from torch import Tensor
 
 from .. import _storage
 from ..encoding import EncodedActivations, _sq_norm
+from . import layout
 from .plan import Plan
 from .shard_writer import ShardWriter
 from .surroundings import disk_errors
+
+
+def is_full(plan: Plan, parts: Mapping[str, list[Any]], n_tokens: int) -> bool:
+    """Whether what n_tokens gave is a block.
+
+    Columns are compressed one by one, and a wide SAE's hold an eighth of a value a token: its blocks grow until the
+    columns are worth it. The fullest hook decides, so that none holds much more than by BLOCK_TOKENS alone.
+    """
+    if not layout.BLOCK_TOKENS <= n_tokens < layout.SPARSE_BLOCK_TOKENS:
+        return n_tokens >= layout.BLOCK_TOKENS
+    return any(
+        hook.kind == "rows" or sum(part.nnz for part in parts[hook.name]) >= layout.FULL_COLUMN * hook.n_columns
+        for hook in plan.hooks
+    )
 
 
 def write_block(root: Path, writer: ShardWriter, plan: Plan, parts: Mapping[str, list[Any]]) -> None:

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 FORMAT_VERSION = 1
-BLOCK_TOKENS = 4096  # a block is closed as soon as it has this many
+BLOCK_TOKENS = 4096  # a block has this many or more, but for a shard's last
+SPARSE_BLOCK_TOKENS = 16384  # enough for any block
+FULL_COLUMN = 2048  # values that are worth a column's pointers, checksum and frames
 MAX_BLOCK_TOKENS = 2**31 - 1
 COLUMN_WIDTH = 256
 CODECS = ("none", "zstd", "split")
@@ -128,7 +130,7 @@ def tokens_file(n_tokens: int, id_dtype: str) -> list[TensorSpec]:
 
 
 def max_blocks(n_tokens: int) -> int:
-    """Blocks that n_tokens can take at most: all but the last hold BLOCK_TOKENS or more."""
+    """Blocks that n_tokens can take at most."""
     return n_tokens // BLOCK_TOKENS + 1
 
 

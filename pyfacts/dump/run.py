@@ -28,7 +28,7 @@ from .arguments import (
     model_inputs,
     worker,
 )
-from .blocks import write_block
+from .blocks import is_full, write_block
 from .errors import DumpError
 from .fingerprint import describe_model, describe_sae
 from .inputs import Batch, Survey, Tokens, read_tokens
@@ -276,7 +276,7 @@ class _Run:
                 waiting += len(batch.document)
                 self._tokens_done += len(batch.document)
                 self._report()
-                if waiting >= layout.BLOCK_TOKENS or end == plan.sequences[shard + 1]:
+                if is_full(plan, pending, waiting):
                     thread.submit(functools.partial(write_block, self._root, writer, plan, pending))
                     pending, waiting = {hook.name: [] for hook in plan.hooks}, 0
                 if self._committed(shard):  # somebody helped
