@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 
 import pyfacts
 
-# n_tokens, d_in, n_features: nothing, one of each, ragged, more than a block of tokens, more than a block of features.
+# n_tokens, d_in, n_features: nothing, one of each, ragged, more than a block of tokens and of features, wide.
 SHAPES = [(0, 8, 300), (1, 1, 1), (3, 0, 5), (130, 16, 700), (4100, 4, 700), (40, 8, 5000)]
 
 
