@@ -20,14 +20,14 @@ using torch::stable::Tensor;
 
 // torch's own thread pool in the shape that the torch-free kernels take.
 inline void run_on_torch_threads(int64_t n, cpu::ParallelBody body, void* context) {
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, 1, body, context));
+  TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, 1, body, context));
 }
 
 // An op of torch's that the stable headers do not wrap, and that returns a tensor.
 template <typename... Arguments>
 Tensor call_torch(const char* name, const char* overload, const Arguments&... arguments) {
   std::array<StableIValue, sizeof...(Arguments)> stack{torch::stable::detail::from(arguments)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 

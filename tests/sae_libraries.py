@@ -8,6 +8,7 @@ import importlib
 import importlib.machinery
 import importlib.util
 import logging
+import os
 import sys
 import types
 
@@ -31,7 +32,8 @@ def dictionary_learning(module: str) -> types.ModuleType:
 
 
 def sparsify(module: str) -> types.ModuleType:
-    """EleutherAI's `sparsify.<module>`."""
+    """EleutherAI's `sparsify.<module>`, without Triton, which it would take without a GPU too."""
+    os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
     _enter("sparsify")
     return importlib.import_module(f"sparsify.{module}")
 

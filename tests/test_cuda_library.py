@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 from pyfacts import _library, cuda
 
-ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
-_library.load_library(_library.find("_cuda"))
-assert cuda.available()
-cuda.register()
+if not cuda.available():
+    ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)
+    _library.load_library(_library.find("_cuda"))
+    assert cuda.available()
+    cuda.register()
 schemas = [schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("pyfacts::")]
 has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 print(*sorted(name.removeprefix("pyfacts::") for name in schemas if has_kernel(name, "CUDA")))
