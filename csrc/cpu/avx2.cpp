@@ -39,14 +39,25 @@ struct Avx2 {
   }
   static void end_streaming() { _mm_sfence(); }
 
+  template <typename T, Rule rule>
+  static __m256i above(__m256i x, const uint8_t* thresholds) {
+    T floor;
+    std::memcpy(&floor, thresholds, sizeof(T));
+    if constexpr (sizeof(T) == 2) {
+      const __m256i floors = _mm256_set1_epi16(static_cast<int16_t>(floor));
+      return _mm256_cmpgt_epi16(x, rule == Rule::floor ? floors : load256(thresholds));
+    } else {
+      const __m256i floors = _mm256_set1_epi32(static_cast<int32_t>(floor));
+      return _mm256_cmpgt_epi32(x, rule == Rule::floor ? floors : load256(thresholds));
+    }
+  }
+
   // Lanes of all ones where x is not stored. Magnitudes are below the sign bit: signed compares order them.
   template <typename T, Rule rule>
   static __m256i not_stored(__m256i x, const Predicate& p, const uint8_t* thresholds) {
     constexpr bool plain = rule == Rule::nonzero;
-    if constexpr (rule == Rule::threshold) {
-      const __m256i threshold = load256(thresholds);
-      const __m256i above = sizeof(T) == 2 ? _mm256_cmpgt_epi16(x, threshold) : _mm256_cmpgt_epi32(x, threshold);
-      return _mm256_andnot_si256(above, not_stored<T, Rule::predicate>(x, p, nullptr));
+    if constexpr (rule == Rule::threshold || rule == Rule::floor) {
+      return _mm256_andnot_si256(above<T, rule>(x, thresholds), not_stored<T, Rule::predicate>(x, p, nullptr));
     }
     if constexpr (sizeof(T) == 2) {
       const __m256i masked = _mm256_and_si256(x, _mm256_set1_epi16(static_cast<int16_t>(p.mask)));
@@ -70,12 +81,13 @@ struct Avx2 {
   static uint32_t bitmap32(const uint8_t* x, const Predicate& p, const uint8_t* thresholds) {
     if constexpr (sizeof(T) == 2) {
       const __m256i bytes = _mm256_packs_epi16(not_stored<T, rule>(load256(x), p, thresholds),
-                                               not_stored<T, rule>(load256(x + 32), p, thresholds + 32));
+                                               not_stored<T, rule>(load256(x + 32), p, advance<rule>(thresholds, 32)));
       return ~static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_permute4x64_epi64(bytes, 0b11011000)));
     } else {
       uint32_t bits = 0;
       for (int64_t k = 0; k < 4; ++k) {
-        const __m256 lanes = _mm256_castsi256_ps(not_stored<T, rule>(load256(x + 32 * k), p, thresholds + 32 * k));
+        const __m256 lanes =
+            _mm256_castsi256_ps(not_stored<T, rule>(load256(x + 32 * k), p, advance<rule>(thresholds, 32 * k)));
         bits |= static_cast<uint32_t>(_mm256_movemask_ps(lanes)) << (8 * k);
       }
       return ~bits;
@@ -88,8 +100,8 @@ struct Avx2 {
     for (int64_t i = 0; i < 4; ++i) {
       const int64_t low = 2 * i * kHalfWordBytes;
       const int64_t high = low + kHalfWordBytes;
-      words[i] = bitmap32<T, rule>(x + low, p, thresholds + low) |
-                 uint64_t{bitmap32<T, rule>(x + high, p, thresholds + high)} << 32;
+      words[i] = bitmap32<T, rule>(x + low, p, advance<rule>(thresholds, low)) |
+                 uint64_t{bitmap32<T, rule>(x + high, p, advance<rule>(thresholds, high))} << 32;
     }
   }
 

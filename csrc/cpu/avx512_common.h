@@ -20,15 +20,24 @@ struct Avx512Common {
   static void end_streaming() { _mm_sfence(); }
 
   // As integers, non-negative elements are ordered like the numbers that they are, and negative ones are below them.
-  template <typename T>
+  template <typename T, Rule rule>
   static uint64_t above(__m512i x, const uint8_t* thresholds) {
-    const __m512i threshold = _mm512_loadu_si512(thresholds);
-    return sizeof(T) == 2 ? _mm512_cmpgt_epi16_mask(x, threshold) : _mm512_cmpgt_epi32_mask(x, threshold);
+    T floor;
+    std::memcpy(&floor, thresholds, sizeof(T));
+    if constexpr (sizeof(T) == 2) {
+      const __m512i floors = _mm512_set1_epi16(static_cast<int16_t>(floor));
+      return _mm512_cmpgt_epi16_mask(x, rule == Rule::floor ? floors : _mm512_loadu_si512(thresholds));
+    } else {
+      const __m512i floors = _mm512_set1_epi32(static_cast<int32_t>(floor));
+      return _mm512_cmpgt_epi32_mask(x, rule == Rule::floor ? floors : _mm512_loadu_si512(thresholds));
+    }
   }
 
   template <typename T, Rule rule>
   static uint64_t stored(__m512i x, const Predicate& p, const uint8_t* thresholds) {
-    if constexpr (rule == Rule::threshold) return above<T>(x, thresholds) | stored<T, Rule::predicate>(x, p, nullptr);
+    if constexpr (rule == Rule::threshold || rule == Rule::floor) {
+      return above<T, rule>(x, thresholds) | stored<T, Rule::predicate>(x, p, nullptr);
+    }
     if constexpr (sizeof(T) == 2) {
       const __m512i mask = _mm512_set1_epi16(static_cast<int16_t>(p.mask));
       if constexpr (rule == Rule::nonzero) return _mm512_test_epi16_mask(x, mask);
@@ -49,7 +58,7 @@ struct Avx512Common {
       words[i] = 0;
       for (int64_t lane = 0; lane < 64; lane += kLanes) {
         const int64_t at = (64 * i + lane) * sizeof(T);
-        words[i] |= stored<T, rule>(_mm512_loadu_si512(x + at), p, thresholds + at) << lane;
+        words[i] |= stored<T, rule>(_mm512_loadu_si512(x + at), p, advance<rule>(thresholds, at)) << lane;
       }
     }
   }

@@ -36,12 +36,12 @@ struct CountTile {
   int64_t* n_values;  // [n_columns] out: a count byte of 255 may stand for 256
 };
 
-// A segment in which to find the elements that a tile with these thresholds [256] would store.
+// A segment in which to find what is above a non-negative element, or satisfies the predicate.
 struct Search {
   const uint8_t* x;
   int64_t width;
   Predicate predicate;
-  const uint8_t* thresholds;
+  uint32_t floor;
   uint64_t* found;  // [4] out: one bit per element
 };
 

@@ -17,12 +17,17 @@ T load(const uint8_t* bytes) {
 
 bool satisfies(uint32_t bits, const Predicate& p) { return (bits & p.mask) > p.floor || bits == p.also; }
 
-// thresholds may be nullptr. As integers, non-negative elements are ordered like the numbers that they are.
+// As integers, non-negative elements are ordered like the numbers that they are, and negative ones are below them.
+template <typename T>
+bool above(T bits, T threshold) {
+  using Signed = std::make_signed_t<T>;
+  return static_cast<Signed>(bits) > static_cast<Signed>(threshold);
+}
+
+// thresholds may be nullptr.
 template <typename T>
 bool is_stored(T bits, int64_t j, const Predicate& p, const uint8_t* thresholds) {
-  using Signed = std::make_signed_t<T>;
-  const bool above = thresholds != nullptr && static_cast<Signed>(bits) > load<Signed>(thresholds + j * sizeof(T));
-  return above || satisfies(bits, p);
+  return (thresholds != nullptr && above(bits, load<T>(thresholds + j * sizeof(T)))) || satisfies(bits, p);
 }
 
 uint8_t count_byte(int64_t n) { return static_cast<uint8_t>(n < kCountSaturated ? n : kCountSaturated); }
@@ -90,7 +95,8 @@ template <typename T>
 void search(const Search& search) {
   for (int64_t i = 0; i < kColumnWidth / 64; ++i) search.found[i] = 0;
   for (int64_t j = 0; j < search.width; ++j) {
-    const uint64_t found = is_stored(load<T>(search.x + j * sizeof(T)), j, search.predicate, search.thresholds);
+    const T bits = load<T>(search.x + j * sizeof(T));
+    const uint64_t found = above(bits, static_cast<T>(search.floor)) || satisfies(bits, search.predicate);
     search.found[j / 64] |= found << (j % 64);
   }
 }

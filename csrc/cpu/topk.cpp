@@ -14,37 +14,30 @@
 namespace pyfacts::cpu {
 namespace {
 
-// A segment's worth of the same threshold, for the search.
-class Thresholds {
- public:
-  Thresholds(DType dtype, uint32_t bits) : item_(item_bytes(dtype)) { fill(bits); }
-  void fill(uint32_t bits) {  // two elements of 16 bits at a time
-    std::fill_n(words_, kColumnWidth * item_ / 4, item_ == 4 ? bits : bits << 16 | bits);
-  }
-  const uint8_t* data() const { return reinterpret_cast<const uint8_t*>(words_); }
-
- private:
-  int64_t item_;
-  alignas(64) uint32_t words_[kColumnWidth];
-};
-
+// A memcpy of `item` bytes would go byte by byte.
 uint32_t load(const uint8_t* element, int64_t item) {
-  uint32_t bits = 0;
-  std::memcpy(&bits, element, item);
-  return bits;
+  uint32_t wide;
+  uint16_t narrow;
+  if (item == 4) {
+    std::memcpy(&wide, element, 4);
+    return wide;
+  }
+  std::memcpy(&narrow, element, 2);
+  return narrow;
 }
 
-// found(feature, bits) for the elements of a row above the thresholds and every NaN; after(end) behind each segment.
+// found(feature, bits) for the elements of a row above the floor and every NaN; after_segment() behind those of each
+// segment, which may raise the floor.
 template <typename Found, typename AfterSegment>
-void search_row(const Dense& block, int64_t row, int64_t first_feature, const Predicate& nan,
-                const Thresholds& thresholds, Found found, AfterSegment after_segment) {
+void search_row(const Dense& block, int64_t row, int64_t first_feature, const Predicate& nan, const uint32_t& floor,
+                Found found, AfterSegment after_segment) {
   const int64_t item = item_bytes(block.dtype);
   const auto search = item == 4 ? kernels().search32 : kernels().search16;
   const uint8_t* const x = static_cast<const uint8_t*>(block.data) + row * block.row_stride * item;
   for (int64_t column = 0; column < n_columns(block.n_features); ++column) {
     const int64_t start = column * kColumnWidth;
     uint64_t words[4];
-    search({x + start * item, column_width(block.n_features, column), nan, thresholds.data(), words});
+    search({x + start * item, column_width(block.n_features, column), nan, floor, words});
     if ((words[0] | words[1] | words[2] | words[3]) == 0) continue;
     for (int64_t i = 0; i < 4; ++i) {
       for (uint64_t bits = words[i]; bits != 0; bits &= bits - 1) {
@@ -81,14 +74,11 @@ void TopK::keep_best(Candidates* candidates) const {
 
 // A later value equal to the floor has a higher feature than all candidates, and loses to them.
 void TopK::scan(const Dense& block, int64_t row, int64_t first_feature, Candidates* candidates) const {
-  Thresholds thresholds(block.dtype, candidates->floor);
   search_row(
-      block, row, first_feature, rank_.nan(), thresholds,
+      block, row, first_feature, rank_.nan(), candidates->floor,
       [&](uint32_t feature, uint32_t bits) { candidates->entries[candidates->n++] = {feature, bits}; },
       [&] {
-        if (candidates->n <= capacity_ - kColumnWidth) return;
-        keep_best(candidates);
-        thresholds.fill(candidates->floor);
+        if (candidates->n > capacity_ - kColumnWidth) keep_best(candidates);
       });
 }
 
@@ -145,12 +135,11 @@ void BatchTopK::keep_best() {
 void BatchTopK::add(const Dense& block, int64_t first_token, int64_t first_feature, ParallelFor parallel_for) {
   std::mutex mutex;  // guards candidates_
   parallel(block.n_tokens, parallel_for, [&](int64_t begin, int64_t end) {
-    const Thresholds thresholds(block.dtype, floor_);
     std::vector<Candidate> found;
     for (int64_t row = begin; row < end; ++row) {
       const auto token = static_cast<uint32_t>(first_token + row);
       search_row(
-          block, row, first_feature, rank_.nan(), thresholds,
+          block, row, first_feature, rank_.nan(), floor_,
           [&](uint32_t feature, uint32_t bits) { found.push_back({token, {feature, bits}}); }, [] {});
     }
     std::lock_guard<std::mutex> lock(mutex);

@@ -35,7 +35,7 @@ constexpr int64_t kLineBytes = 64;
 constexpr int64_t kMaxPositions = kColumnWidth / 8;  // of a segment, before it has a bitmap
 
 // By what it is decided whether an element is stored: see DenseTile and Predicate.
-enum class Rule { nonzero, predicate, threshold };
+enum class Rule { nonzero, predicate, threshold, floor };  // floor: one threshold for all elements
 
 // call(constant) with the tile's rule as a compile-time constant.
 template <Rule value>
@@ -51,6 +51,12 @@ void with_rule(const DenseTile& tile, Call call) {
   } else {
     call(RuleConstant<Rule::predicate>());
   }
+}
+
+// The threshold of the element that lies n_bytes behind another.
+template <Rule rule>
+const uint8_t* advance(const uint8_t* thresholds, int64_t n_bytes) {
+  return rule == Rule::threshold ? thresholds + n_bytes : thresholds;
 }
 
 // The thresholds of a column; none without a rule that asks for them.
@@ -233,8 +239,9 @@ void search(const Search& search) {
   alignas(kLineBytes) uint8_t padded[kColumnWidth * sizeof(T)] = {};
   const bool narrow = search.width < kColumnWidth;
   if (narrow) std::memcpy(padded, search.x, search.width * sizeof(T));
-  Isa::template make_bitmap<T, Rule::threshold>(narrow ? padded : search.x, search.predicate, search.thresholds,
-                                                search.found);
+  const auto floor = static_cast<T>(search.floor);
+  Isa::template make_bitmap<T, Rule::floor>(narrow ? padded : search.x, search.predicate,
+                                            reinterpret_cast<const uint8_t*>(&floor), search.found);
 }
 
 // ---- Decode ---------------------------------------------------------------------------------------------------
