@@ -1,10 +1,9 @@
 """The measuring behind `pyfacts bench` and README's figures. Nothing here asserts a time that was measured."""
 
-import importlib.util
+import json
 import math
 import re
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -14,52 +13,66 @@ from pyfacts import bench
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture
-def figures() -> ModuleType:
-    """bench/run.py, which is a script."""
-    spec = importlib.util.spec_from_file_location("figures", ROOT / "bench" / "run.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(autouse=True)
+def scripts_of_bench(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "bench")
 
 
-def test_readme_shows_the_committed_figures(figures: ModuleType) -> None:
-    readme = (ROOT / "README.md").read_text()
-    assert figures.with_figures(readme) == readme, (
-        "README's figures are not those of bench/results: bench/run.py --render"
-    )
+def test_documents_show_the_committed_figures() -> None:
+    import tables
+
+    committed = [json.loads(path.read_text()) for path in sorted((ROOT / "bench" / "results").glob("*.json"))]
+    for path, text in tables.documents(committed, ROOT).items():
+        assert path.read_text() == text, f"{path.name} shows other figures than bench/results: bench/run.py --render"
 
 
-def test_figures_name_machine_peers_and_every_aim(figures: ModuleType) -> None:
-    made_up = figures.render({"machine": MACHINE, "rows": list(made_up_rows())})
-    assert "One core of Some CPU (model 1), avx512, PyTorch 2.13.0, 2026-01-01" in made_up
-    assert "| encode, 3% dense | 2.00x (8.0 GB/s) | 2.00x (8.0 GB/s) | ≥ 1x | memcpy of the dense matrix |" in made_up
-    assert "| encode, slowest and fastest of 1 to 10% | 30x to 40x | 30x to 40x | ≥ 20x | `torch.nonzero` |" in made_up
-    assert "| encode, 50%, into fresh memory | 0.60x (8.0 GB/s) |" in made_up
-    assert "| encode with AVX2, slowest of 1 to 10% | 0.75x | 0.75x | ≥ 0.5x | itself with AVX-512 |" in made_up
-    assert "|  | 1.250x the time | ≤ 1.05x | the forward alone, 2,048 tokens |" in made_up
-    assert "| its peak resident memory in MB, for 16,384 and 131,072 tokens | 500 and 501 | 500 and 501 |" in made_up
+def test_readme_shows_what_has_an_aim_on_every_machine() -> None:
+    import tables
+
+    other = {"machine": MACHINE | {"cpu": "Other CPU"}, "rows": [r for r in made_up_rows() if r["isa"] != "avx2"]}
+    shown = tables.summary([made_up(), other])
+    assert "- A: Some CPU (model 1), avx512, PyTorch 2.13.0, 2026-01-01, 3 processes\n- B: Other CPU, avx512" in shown
+    assert "|  | A: bfloat16 | A: float32 | B: bfloat16 | B: float32 | aim | beside |" in shown
+    assert "| encode, 3% dense | 2.00x | 2.00x | 2.00x | 2.00x | ≥ 1x | memcpy of the dense matrix |" in shown
+    assert "| encode with AVX2, slowest of 1 to 10% | 0.75x | 0.75x | – | – | ≥ 0.5x | itself with AVX-512 |" in shown
+    assert "copy_" not in shown and "fresh memory" not in shown
+    assert len({line.count("|") for line in shown.splitlines() if line.startswith(("| encode", "| capture"))}) == 1
+
+
+def test_results_name_machine_peers_and_every_aim() -> None:
+    import tables
+
+    shown = tables.results([made_up()])
+    assert "## Some CPU (model 1), avx512, PyTorch 2.13.0, 2026-01-01, 3 processes" in shown
+    assert "| encode, 3% dense | 2.00x | 2.00x | 8.0 and 8.0 | ≥ 1x | memcpy of the dense matrix |" in shown
+    assert "| encode, slowest and fastest of 1 to 10% | 30x to 40x | 30x to 40x |  | ≥ 20x | `torch.nonzero` |" in shown
+    assert "| encode, 50%, into fresh memory | 0.60x | 0.60x | 8.0 and 8.0 |  | memcpy into touched memory |" in shown
+    assert "|  | 1.250x the time |  | ≤ 1.05x | the forward alone, 2,048 tokens |" in shown
+    assert "| its peak resident memory in MB, for 16,384 and 131,072 tokens | 500 and 501 | 500 and 501 |" in shown
     sparse_linear = "| `sparse_linear` to 768, 1% of 16,384 neurons, two cores |"
-    assert f"{sparse_linear} 10x | 40x | ≥ 5x | `linear` of the dense matrix |" in made_up
-    assert f"{sparse_linear}  | 4x | > 1x | `torch.sparse` CSR @ W_dec |" in made_up
+    assert f"{sparse_linear} 10x | 40x |  | ≥ 5x | `linear` of the dense matrix |" in shown
+    assert f"{sparse_linear}  | 4x |  | > 1x | `torch.sparse` CSR @ W_dec |" in shown
     encoder = "| `linear_relu_encode`, 768 to 3,072, 2,048 tokens, two cores |"
-    assert f"{encoder} 0.80 of the time | 0.50 of the time | ≤ 1 | `relu(linear)` |" in made_up
-    assert "| density | 1% | 50% |" in made_up
-    assert "| pyfacts | 3.40 | 2.25 |" in made_up
-    assert "| aim, at most | 3.45 | 2.30 |" in made_up
-    assert "takes 1.065x its dense size" in made_up
-    assert len({line.count("|") for line in made_up.splitlines() if line.startswith("| encode")}) == 1
+    assert f"{encoder} 0.80 of the time | 0.50 of the time |  | ≤ 1 | `relu(linear)` |" in shown
+    assert "| density | 1% | 50% |" in shown
+    assert "| pyfacts | 3.40 | 2.25 |" in shown
+    assert "| aim, at most | 3.45 | 2.30 |" in shown
+    assert "takes 1.065x its dense size" in shown
 
 
-def test_figures_of_another_machine_do_not_count_as_this_ones(figures: ModuleType) -> None:
-    rows = [row for row in made_up_rows() if row["isa"] != "avx2"]
-    assert "AVX2" not in figures.render({"machine": MACHINE, "rows": rows})
+def test_the_run_in_the_middle_is_kept() -> None:
+    from run import in_the_middle
+
+    timed = [{"peers": {"memcpy": {"ratio": ratio}, "other": {"ratio": -ratio}}} for ratio in (3.0, 1.0, 2.0)]
+    dumped = [{"gib_per_s": rate} for rate in (1.0, 9.0, 8.0)]
+    assert in_the_middle([[a, b] for a, b in zip(timed, dumped, strict=True)]) == [timed[2], dumped[2]]
 
 
-def test_result_file_is_named_after_cpu_and_isa(figures: ModuleType) -> None:
+def test_result_file_is_named_after_cpu_and_isa() -> None:
+    from run import slug
+
     cpu = "Intel(R) Xeon(R) Processor @ 2.50GHz (cpu family 6, model 85, stepping 7)"
-    assert figures.slug({"cpu": cpu, "isa": "avx512"}) == "intel-xeon-2.50ghz-family-6-model-85-avx512"
+    assert slug({"cpu": cpu, "isa": "avx512"}) == "intel-xeon-2.50ghz-family-6-model-85-avx512"
 
 
 def test_cases_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +154,18 @@ class FakeClock:
         monkeypatch.setattr(bench.time, "perf_counter", lambda: self.now)
 
 
-MACHINE = {"cpu": "Some CPU (model 1)", "cores": 2, "isa": "avx512", "torch": "2.13.0", "date": "2026-01-01"}
+MACHINE = {
+    "cpu": "Some CPU (model 1)",
+    "cores": 2,
+    "isa": "avx512",
+    "torch": "2.13.0",
+    "date": "2026-01-01",
+    "processes": 3,
+}
+
+
+def made_up():
+    return {"machine": MACHINE, "rows": list(made_up_rows())}
 
 
 def made_up_rows():
