@@ -25,6 +25,7 @@ cudaStream_t current_stream(const Tensor& tensor) {
 }
 
 void check_cuda(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) (void)cudaGetLastError();  // else the next launch would be blamed for it
   STD_TORCH_CHECK(error == cudaSuccess, what, " failed on the GPU: ", cudaGetErrorString(error));
 }
 
@@ -46,12 +47,12 @@ void check_part(const Tensor& part, const char* name, int64_t dim, ScalarType ty
                   " must start at a multiple of ", cuda::kUnitBytes, " bytes");
 }
 
-// The cursor counts up to 2^32 units of 16 bytes.
+// The cursor counts fewer than 2^32 units of 16 bytes.
 void check_countable(DType dtype, int64_t n_tokens, int64_t n_features) {
   const int64_t values_bytes = cuda::worst_values_bytes(dtype, n_tokens, n_features);
   constexpr int64_t kMaxBytes = int64_t{cuda::kUnitBytes} << 32;
-  STD_TORCH_CHECK(values_bytes <= kMaxBytes, "a matrix of [", n_tokens, ", ", n_features, "] may take ", values_bytes,
-                  " bytes of values, and one encoding on a GPU at most ", kMaxBytes,
+  STD_TORCH_CHECK(values_bytes < kMaxBytes, "a matrix of [", n_tokens, ", ", n_features, "] may take ", values_bytes,
+                  " bytes of values, and one encoding on a GPU less than ", kMaxBytes,
                   ": encode fewer tokens at a time and pyfacts.cat the encodings");
 }
 

@@ -68,7 +68,10 @@ def linear_relu_encode(
         if not (FUSED and ops.fused_linear_relu_encode_out(*operands, dense, arena)):
             in_two_steps(arena, begin, end)
 
-    return h, *pack(x, n_tokens, n_features, fill)
+    planes = pack(x, n_tokens, n_features, fill)
+    if threshold is not None and bool(threshold.isnan().any()):  # asked only now that the GPU has been waited for
+        raise ValueError(f"threshold must not be NaN, and that of feature {int(threshold.isnan().nonzero()[0])} is")
+    return h, *planes
 
 
 def gated_relu_encode(x: Tensor, w_gate: Tensor, w_up: Tensor, b_gate: Tensor | None, b_up: Tensor | None) -> Planes:
@@ -114,11 +117,7 @@ def _floor(activation: str, threshold: Tensor | None) -> Tensor | None:
         raise ValueError(f"unknown activation {activation}")
     if (activation == "jumprelu") != (threshold is not None):
         raise ValueError("jumprelu, and it alone, takes a threshold")
-    if threshold is None:
-        return None
-    if threshold.isnan().any():
-        raise ValueError(f"threshold must not be NaN, and that of feature {int(threshold.isnan().nonzero()[0])} is")
-    return threshold.clamp(min=0)
+    return None if threshold is None else threshold.clamp(min=0)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Callable[[int, int], Tensor]:

@@ -60,7 +60,9 @@ bool fused_supports(const Linear& linear, const DenseOut& dense) {
     return false;
   }
   int n_multiprocessors = 0;
-  return hopper_multiprocessors(&n_multiprocessors) == cudaSuccess && n_multiprocessors > 0;
+  if (hopper_multiprocessors(&n_multiprocessors) == cudaSuccess) return n_multiprocessors > 0;
+  (void)cudaGetLastError();  // else the next launch would be blamed for it
+  return false;
 }
 
 cudaError_t linear_relu_encode_out(const Linear& linear, const DenseOut& dense, const Arena& out, cudaStream_t stream) {
