@@ -4,16 +4,16 @@ import importlib.util
 
 from .dump.errors import DumpError, DumpInterrupted
 from .dump.reader import Dump, open_dump
-from .errors import CheckpointError, OutOfRangeError
+from .errors import CheckpointError, HookNeverFired, OutOfRangeError
 
 __version__ = "0.1.0"
 
-__all__ = ["CheckpointError", "Dump", "DumpError", "DumpInterrupted", "OutOfRangeError", "open_dump"]
+__all__ = ["CheckpointError", "Dump", "DumpError", "DumpInterrupted", "HookNeverFired", "OutOfRangeError", "open_dump"]
 
 # A dump can be read with NumPy alone, so torch may be missing.
 if importlib.util.find_spec("torch") is not None:
     from .ablate import ablate
-    from .capture import ActivationCache, HookNeverFired, capture
+    from .capture import ActivationCache, capture
     from .dump.run import dump
     from .encoding import EncodedActivations, cat, encode
     from .linear import (
@@ -30,7 +30,6 @@ if importlib.util.find_spec("torch") is not None:
     __all__ += [
         "ActivationCache",
         "EncodedActivations",
-        "HookNeverFired",
         "HookPoint",
         "SAE",
         "ablate",

@@ -11,16 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from .models import HookPoint, hook_points, resolve_hooks, unwrap
-from .stream import add_hook, eager
+from .stream import add_hook, eager, never_fired
 
 
 @contextlib.contextmanager
 def ablate(model: nn.Module, indices: Mapping[str, Iterable[int] | Tensor], value: float = 0.0) -> Iterator[None]:
     """Sets neurons, or dimensions of the residual stream, to a value while the context is open.
 
-    Works on a copy of the activations, so the model's own tensors stay whole, and gradients flow through the rest. A
-    hook sees what the hooks added before it left: a `capture` opened inside an `ablate` sees the ablated values, one
-    opened around it sees those of the layer as they were.
+    Works on a copy of the activations, so the model's own tensors stay whole, and gradients flow through the rest. With
+    gradient checkpointing, call `backward` inside the context: it runs the model again. A hook sees what the hooks
+    added before it left: a `capture` opened inside an `ablate` sees the ablated values, one opened around it sees those
+    of the layer as they were.
 
     Args:
         model: the model, as for `pyfacts.capture`.
@@ -32,6 +33,7 @@ def ablate(model: nn.Module, indices: Mapping[str, Iterable[int] | Tensor], valu
         ValueError: an unknown hook, an index out of range, or a hook that reads the residual stream on its way into a
             sublayer, where setting it would not change the stream (`hook_resid_mid`).
         TypeError: indices are not integers, or value is not a number.
+        HookNeverFired: (a ValueError and a RuntimeError) at the end, a hook that no forward reached.
 
     Example:
         >>> import pyfacts, torch
@@ -52,14 +54,15 @@ def ablate(model: nn.Module, indices: Mapping[str, Iterable[int] | Tensor], valu
     points = resolve_hooks(model, list(indices))
     for point in points:
         _check_settable(model, point)
+    silent = {point.name for point in points}
     with contextlib.ExitStack() as exit_stack:
         exit_stack.enter_context(eager())
         for point in points:
-            features = _features(point, indices[point.name])
-            exit_stack.callback(
-                add_hook(root.get_submodule(point.module_path), point.side, _setter(point, features, float(value)))
-            )
+            setter = _setter(point, _features(point, indices[point.name]), float(value), silent)
+            exit_stack.callback(add_hook(root.get_submodule(point.module_path), point.side, setter))
         yield
+    if silent:
+        raise never_fired(sorted(silent))
 
 
 def _features(point: HookPoint, indices: Iterable[int] | Tensor) -> Tensor:
@@ -83,8 +86,9 @@ def _check_range(name: str, features: list[int], width: int | None) -> None:
         raise ValueError(f"{name}: feature index {wrong[0]} is out of range, expected {known}")
 
 
-def _setter(point: HookPoint, features: Tensor, value: float) -> Callable[[Any], Tensor]:
+def _setter(point: HookPoint, features: Tensor, value: float, silent: set[str]) -> Callable[[Any], Tensor]:
     def set_features(x: Any) -> Tensor:
+        silent.discard(point.name)
         if not isinstance(x, Tensor):
             raise TypeError(f"{point.name}: {point.module_path} is handed {type(x).__name__}, not a tensor")
         if point.width is not None and x.shape[-1] != point.width:

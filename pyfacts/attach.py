@@ -111,7 +111,7 @@ def attach(model: nn.Module, saes: SaesByHook) -> dict[HookPoint, SparseAutoenco
         if not isinstance(sae, SparseAutoencoder):
             raise TypeError(
                 f"the SAE at {name!r} must have d_in, d_sae, dtype, device, encode, tensors, config and to, got "
-                f"{type(sae).__name__}"
+                f"{type(sae).__name__}. Save another library's SAE with that, and load it with pyfacts.load_sae(path)"
             )
         (point,) = resolve_hooks(model, [name])
         if point.width is not None and point.width != sae.d_in:

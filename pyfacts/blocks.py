@@ -270,6 +270,10 @@ def _t5_layout(block: nn.Module) -> dict[str, str]:
     return rows
 
 
+SCALES_OF_THE_STREAM = ("residual_multiplier", "residual_scale", "input_residual", "layer_scalar")
+"""Granite's, MiniCPM's, Doge's and Gemma 4's: what a sublayer adds is scaled outside of any module."""
+
+
 def _rows(block: nn.Module, mlps: tuple[Mlp, ...]) -> dict[str, str]:
     if hasattr(block, "altup"):  # Gemma 3n keeps four streams at once; only the MLP's own branch is one matrix
         return {
@@ -280,7 +284,7 @@ def _rows(block: nn.Module, mlps: tuple[Mlp, ...]) -> dict[str, str]:
     layout = _layout(block)
     if getattr(block, "use_parallel_residual", False) or getattr(block, "parallel_attn", False):
         layout.pop("hook_resid_mid", None)
-    if hasattr(block, "residual_multiplier"):  # Granite scales what a sublayer adds, outside of any module
+    if any(hasattr(block, scale) for scale in SCALES_OF_THE_STREAM):
         layout.pop("hook_attn_out", None)
         layout.pop("hook_mlp_out", None)
     rows = {"hook_resid_pre": "", "hook_resid_post": ":output"} | layout

@@ -19,14 +19,8 @@ from .select import Select
 from .stream import ActivationStream, never_fired
 from .tokens import Activations, TokenMask, join
 
-__all__ = ["ActivationCache", "ActivationStream", "HookNeverFired", "capture", "warn_if_dense"]
-
 DENSE_ABOVE = 0.55
 """Density from which a capture counts as dense. Not 0.5: a ReLU model with random weights is at 0.5 by symmetry."""
-
-
-class HookNeverFired(ValueError, RuntimeError):
-    """A hook that was asked for saw no activations."""
 
 
 class capture:
@@ -37,8 +31,8 @@ class capture:
     counts. A model that was compiled runs eagerly inside the context.
 
     What is captured is on the CPU. From a GPU it travels while the model goes on, packed; a hook waits for none but the
-    work before the hook two earlier, and with `select` or `saes` for its own. A forward ends when its last has arrived.
-    Up to three layers' neurons lie in buffers of their dense size on the GPU meanwhile.
+    work before the hook two earlier, and with `select` or `saes` for its own; the first hook for the mask. A forward
+    ends when its last has arrived. Up to three layers' neurons lie in buffers of their dense size on the GPU meanwhile.
 
     Args:
         model: a Hugging Face, TransformerLens or plain model.
@@ -47,9 +41,10 @@ class capture:
             With `saes`, None is no hook but their latents.
         select: None keeps every value that is not zero, exactly. `pyfacts.topk(k)` and `pyfacts.min_abs(theta)` keep
             less of dense activations; `dropped_share` of the result says how much they dropped.
-        token_mask: which tokens to keep, instead of the attention mask: a bool tensor [batch, pos]; a callable that is
-            given `input_ids` and returns one, for several forwards (`lambda ids: ids != tokenizer.bos_token_id`); or a
-            dict of tensors for the streams "encoder" and "decoder".
+        token_mask: which tokens to keep. A bool tensor [batch, pos], or a dict of them for the streams "encoder" and
+            "decoder", stands instead of the attention mask. A callable is given `input_ids` and returns one, for
+            several forwards; of the tokens that it names, those are kept that the attention mask keeps too (`lambda
+            ids: ids != tokenizer.bos_token_id`).
         saes: SAEs by the hook whose activations they read: the residual stream (`blocks.3.hook_resid_pre`), an MLP's
             input, neurons or output, or a module path. Each adds its latents [n_tokens, d_sae], under the hook's name
             followed by `.hook_sae_acts_post`, in the SAE's own dtype whatever the model's; what the SAE reads is not
@@ -108,7 +103,7 @@ class capture:
         del self._stream, self._cache
         silent = [point.name for point in self._points if not cache.n_forwards(point.name)]
         if silent and exc_type is None:
-            raise HookNeverFired(never_fired(silent))
+            raise never_fired(silent)
 
     def _append(self, parts: dict[str, Activations], positions: dict[str, Tensor]) -> None:
         self._cache._append(parts, positions)
@@ -148,7 +143,8 @@ class ActivationCache(Mapping[str, Activations]):
 
         Sequences are numbered on from forward to forward, in the order of the batch. Positions count the columns of the
         batch, padding included, from 0, or from the length of the key-value cache that the forward was given; such a
-        forward that continues the one before it (`generate`) belongs to the same sequences.
+        forward that continues the one before it (`generate`) belongs to the same sequences: to the same rows of the
+        batch, between which a beam search moves its beams.
 
         Raises:
             ValueError: the hooks saw different tokens (an encoder's and a decoder's); use `positions_of`.

@@ -14,6 +14,10 @@ class UnknownHookError(KeyError, ValueError):
         return self.args[0]  # KeyError would show the message in quotes
 
 
+class HookNeverFired(ValueError, RuntimeError):
+    """A hook that was asked for saw no activations."""
+
+
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read, or cannot be used exactly: the message names the file and the field.
 

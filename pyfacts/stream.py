@@ -11,15 +11,18 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import _library, cuda
 from .attach import SparseAutoencoder, encode_latents
 from .drain import Activations, Draining
 from .encoding import DTYPES
+from .errors import HookNeverFired
 from .models import HookPoint, unwrap
 from .select import Select
 from .tokens import End, Forward, Taken, TokenMask, Tokens, past_length
@@ -59,6 +62,13 @@ class ActivationStream:
             raise TypeError(f"select must be pyfacts.topk(k), pyfacts.min_abs(theta) or alike, got {select!r}")
         if token_mask is not None and not isinstance(token_mask, Tensor | Mapping) and not callable(token_mask):
             raise TypeError(f"token_mask must be a tensor, a dict of tensors or a callable, got {token_mask!r}")
+        streams = {point.stream for point in (*points, *(saes or ()))}
+        if isinstance(token_mask, Mapping) and not streams & token_mask.keys():
+            raise ValueError(
+                f"token_mask has masks for {', '.join(map(repr, token_mask))}, but the hooks' tokens are those of "
+                f"{', '.join(map(repr, sorted(filter(None, streams)))) or 'the one stream that the model has'}: "
+                "pass a tensor for one stream, or name it"
+            )
         self.model = model
         self.saes = dict(saes or {})
         self.points = [*points, *self.saes]
@@ -73,6 +83,11 @@ class ActivationStream:
     # ---- entering and leaving ----------------------------------------------------------------------------------------
 
     def __enter__(self) -> ActivationStream:
+        if isinstance(self.model, nn.DataParallel) and len(self.model.device_ids) > 1:
+            raise ValueError(
+                f"nn.DataParallel runs copies of the model on {len(self.model.device_ids)} GPUs, and hooks see them "
+                "all as one: give its .module, or run one process a GPU"
+            )
         root = unwrap(self.model)
         with contextlib.ExitStack() as exit_stack:
             exit_stack.enter_context(eager())
@@ -104,7 +119,8 @@ class ActivationStream:
             {hook name: EncodedActivations [n, width], or a tensor [n, width] for rows}.
 
         Raises:
-            ValueError: a hook did not fire, or was handed something that is not one row per token.
+            HookNeverFired: (a ValueError and a RuntimeError) a hook did not fire.
+        ValueError: a hook was handed something that is not one row per token.
         """
         collected: dict[str, Activations] = {}
         on_forward, self.on_forward = self.on_forward, lambda parts, positions: collected.update(parts)
@@ -122,7 +138,7 @@ class ActivationStream:
             self.on_forward, self.token_mask = on_forward, kept_mask
         missing = [point.name for point in self.points if point.name not in collected]
         if missing:
-            raise ValueError(never_fired(missing))
+            raise never_fired(missing)
         return {point.name: collected[point.name] for point in self.points}
 
     # ---- where a forward begins and ends -----------------------------------------------------------------------------
@@ -156,7 +172,7 @@ class ActivationStream:
             for stream in streams & {"", "encoder", "decoder"}:
                 prefix = "decoder_" if stream == "decoder" and "decoder" not in path else ""
                 tokens = forward.tokens.setdefault(stream, Tokens())
-                tokens.learn(bound, prefix, args)
+                tokens.learn(bound, prefix, args, outermost=forward.owner is module)
                 if stream != "encoder":
                     tokens.past = tokens.past or past_length(bound.get("past_key_values"))
 
@@ -212,6 +228,7 @@ class ActivationStream:
         tokens.settle(x, self.token_mask, point)
         taken = forward.taken.setdefault(point.name, Taken(point.stream))
         x, counts = tokens.choose(x, taken, point.name)
+        x = within_reach(x)
         if point in self.saes:
             part: Activations | Draining = forward.drain.move(encode_latents(point, self._sae_on(point, x.device), x))
         elif point.kind == "rows":
@@ -232,6 +249,22 @@ class ActivationStream:
 
 
 # ---- modules and tensors ---------------------------------------------------------------------------------------------
+
+
+def within_reach(x: Tensor) -> Tensor:
+    """x, or a copy of it on the CPU if pyfacts has no kernels for its device."""
+    if has_kernels(x.device):
+        return x
+    build = f" (on NVIDIA GPUs it packs, if it is built for them: {_library.BUILD_CUDA})" if x.is_cuda else ""
+    warnings.warn(
+        f"pyfacts has no kernels for {x.device}: activations travel dense to the CPU and are packed there{build}",
+        stacklevel=2,
+    )
+    return x.cpu()
+
+
+def has_kernels(device: torch.device) -> bool:
+    return device.type in ("cpu", "meta") or (device.type == "cuda" and cuda.available())
 
 
 def add_hook(module: nn.Module, side: str, act: Callable[[Any], Any]) -> Callable[[], None]:
@@ -281,9 +314,9 @@ def eager() -> Iterator[None]:
         yield
 
 
-def never_fired(names: Sequence[str]) -> str:
-    """The message for hooks that no forward reached."""
-    return (
+def never_fired(names: Sequence[str]) -> HookNeverFired:
+    """The error for hooks that no forward reached."""
+    return HookNeverFired(
         f"{len(names)} of the requested hooks never fired: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}. "
         "Either no forward pass ran, or it did not reach their modules (a branch that is switched off, a module that "
         "is bypassed by a fused or compiled path, or a copy of the model that was run instead)."

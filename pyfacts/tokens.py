@@ -93,7 +93,7 @@ class Tokens:
     def n_tokens(self) -> int:
         return self.batch * self.length
 
-    def learn(self, bound: dict[str, Any], prefix: str, args: tuple[Any, ...]) -> None:
+    def learn(self, bound: dict[str, Any], prefix: str, args: tuple[Any, ...], outermost: bool) -> None:
         """Take from a module's arguments what no module around it has told yet."""
         if self.batch < 0:
             ids = bound.get(f"{prefix}input_ids")
@@ -105,7 +105,11 @@ class Tokens:
             elif isinstance(embeds, Tensor) and embeds.dim() == 3:
                 self.batch, self.length = embeds.shape[:2]
         mask = bound.get(f"{prefix}attention_mask")
-        if self.attention_mask is None and isinstance(mask, Tensor) and mask.dim() == 2:
+        if isinstance(mask, Mapping):  # one for each kind of layer
+            mask = mask.get("full_attention", next(iter(mask.values()), None))
+        # `generate` gives a static cache's model a mask [batch, 1, query, key]; inside a model those are common, and
+        # may be anything.
+        if self.attention_mask is None and isinstance(mask, Tensor) and mask.dim() in ((2, 4) if outermost else (2,)):
             self.attention_mask = mask
 
     def settle(self, x: Tensor, token_mask: TokenMask, point: HookPoint) -> None:
@@ -123,13 +127,15 @@ class Tokens:
     def _mask(self, token_mask: TokenMask, point: HookPoint) -> Tensor | None:
         if isinstance(token_mask, Mapping):
             token_mask = token_mask.get(point.stream)
-        elif callable(token_mask) and not isinstance(token_mask, Tensor):
+        shape = (self.batch, self.length)
+        attended = None
+        if callable(token_mask) and not isinstance(token_mask, Tensor):
             if self.ids is None:
                 raise ValueError(f"{point.name}: token_mask is a callable of input_ids, but this forward has none")
+            attended = self._attended(point)
             token_mask = token_mask(self.ids)
             if not isinstance(token_mask, Tensor):
                 raise TypeError(f"token_mask must return a bool tensor [batch, pos], got {type(token_mask).__name__}")
-        shape = (self.batch, self.length)
         if token_mask is not None:
             if tuple(token_mask.shape) not in (shape, shape[:1] if self.length == 1 else shape):
                 hint = ' (pass {"encoder": ..., "decoder": ...} if they differ)' if point.stream else ""
@@ -137,18 +143,26 @@ class Tokens:
                     f"token_mask has shape {tuple(token_mask.shape)}, but the tokens of {point.name} are "
                     f"[batch, pos] = {list(shape)}{hint}"
                 )
-            return token_mask.detach().reshape(shape) != 0
-        if self.attention_mask is None:
+            wanted = token_mask.detach().reshape(shape) != 0
+            return wanted if attended is None else wanted & attended.to(wanted.device)
+        return self._attended(point)
+
+    def _attended(self, point: HookPoint) -> Tensor | None:
+        """bool [batch, length] of the tokens that the attention mask keeps; None without one."""
+        mask = self.attention_mask
+        if mask is None:
             return None
-        if self.attention_mask.shape[0] != self.batch or self.attention_mask.shape[1] not in (
-            self.length,
-            self.length + self.past,
-        ):
-            raise ValueError(
-                f"attention_mask has shape {tuple(self.attention_mask.shape)}, but the tokens of {point.name} are "
-                f"[batch, pos] = {list(shape)} after {self.past} cached: pass token_mask= to say which to capture"
-            )
-        return self.attention_mask[:, -self.length :] != 0
+        rows, last = mask.shape[0], self.past + self.length
+        if mask.dim() == 4 and rows in (1, self.batch) and mask.shape[2] == self.length and mask.shape[3] >= last:
+            itself = mask[:, 0, :, self.past : last].diagonal(dim1=1, dim2=2)  # padding attends not even to itself
+            return (itself if itself.dtype == torch.bool else itself == 0).expand(self.batch, -1)
+        if mask.dim() == 2 and rows == self.batch and mask.shape[1] in (self.length, last):
+            return mask[:, -self.length :] != 0
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}, but the tokens of {point.name} are "
+            f"[batch, pos] = {[self.batch, self.length]} after {self.past} cached: pass token_mask= to say which to "
+            "capture"
+        )
 
     def choose(self, x: Tensor, taken: Taken, name: str) -> tuple[Tensor, list[int] | None]:
         """The wanted rows of x as [n, width], and how many of each sequence (None if x is the whole forward's)."""
@@ -160,6 +174,12 @@ class Tokens:
                 f"{self.length} tokens"
             )
         if rows.shape[0] == self.n_tokens:
+            if x.dim() > 2 and x.shape[0] not in (1, self.batch):
+                raise ValueError(
+                    f"{name} was handed activations of shape {tuple(x.shape)}, but the forward's tokens are [batch, "
+                    f"pos] = {[self.batch, self.length]}: its module takes them in another order (positions first?), "
+                    "which pyfacts does not know"
+                )
             if self.mask is None:
                 return rows, None
             if rows.device not in self._indices:

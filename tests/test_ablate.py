@@ -156,3 +156,12 @@ def test_index_beyond_an_unknown_width():
     model = nn.Sequential(nn.Identity())
     with pyfacts.ablate(model, {"0": [2]}), pytest.raises(ValueError, match=r"index 2.*\[0, 2\)"):
         model(torch.ones(1, 2))
+
+
+def test_a_hook_that_no_forward_reaches_is_an_error(model):
+    """Else an experiment on the wrong module would show that nothing changes."""
+    with pytest.raises(pyfacts.HookNeverFired, match="never fired: lm_head"):
+        with pyfacts.ablate(model, {"lm_head": [0], HOOK: [1]}):
+            model.model(tiny.tokens())
+    with pytest.raises(ZeroDivisionError), pyfacts.ablate(model, {"lm_head": [0]}):
+        raise ZeroDivisionError

@@ -1,5 +1,6 @@
 """`pyfacts.capture` against plain PyTorch hooks, and its promises one by one; docstrings name what would break them."""
 
+import contextlib
 import gc
 import importlib
 import weakref
@@ -7,6 +8,7 @@ import weakref
 import pytest
 import tiny_models as tiny
 import torch
+from saes import TinySae
 from torch import nn
 
 import pyfacts
@@ -434,3 +436,28 @@ def test_dense_capture_warns_once():
     with capture(relu, "fc2") as cache:
         relu(torch.randn(8, 32, 6, generator=torch.Generator().manual_seed(0)))
     assert 0.45 < cache["fc2"].density < capture_module.DENSE_ABOVE
+
+
+def test_devices_without_kernels(monkeypatch):
+    """Their activations travel dense, and that is said."""
+    model = tiny.opt()
+    sae = TinySae(16)
+    names, saes = ["blocks.0.mlp.hook_post", "blocks.0.hook_resid_pre"], {"blocks.1.hook_resid_pre": sae}
+    caches = []
+    for message in (None, r"no kernels for cpu: activations travel dense"):
+        if message is not None:
+            monkeypatch.setattr("pyfacts.stream.has_kernels", lambda device: False)
+        with pytest.warns(UserWarning, match=message) if message else contextlib.nullcontext():
+            with pyfacts.capture(model, names, saes=saes) as cache, torch.no_grad():
+                model(tiny.tokens())
+        caches.append(cache)
+    for name in caches[0]:
+        a, b = (cache[name] if "resid" in name and "sae" not in name else cache[name].to_dense() for cache in caches)
+        assert torch.equal(a, b)
+
+
+def test_data_parallel_over_several_gpus_is_refused(monkeypatch):
+    model = torch.nn.DataParallel(tiny.opt())
+    monkeypatch.setattr(model, "device_ids", [0, 1])
+    with pytest.raises(ValueError, match="copies of the model on 2 GPUs"), pyfacts.capture(model):
+        pass

@@ -48,11 +48,14 @@ def test_padding_is_dropped(model, positional):
 
 @pytest.mark.parametrize("as_callable", [False, True])
 def test_token_mask_overrides(model, as_callable):
-    """The attention mask goes on being the model's; what is captured is the token mask's choice."""
+    """The attention mask goes on being the model's; what is captured is the token mask's choice. A callable does not
+    see padding, and chooses among the tokens that are none."""
     ids = tiny.tokens()
     wanted = ids != ids[0, 0]
     with pyfacts.capture(model, token_mask=(lambda i: i != ids[0, 0]) if as_callable else wanted) as cache:
         model(ids, attention_mask=MASK)
+    if as_callable:
+        wanted = wanted & MASK.bool()
     expected = dense_neurons(model, ids, attention_mask=MASK)[wanted]
     assert torch.equal(cache[NEURONS[1]].to_dense(), expected)
     assert cache.positions.tolist() == wanted.nonzero().tolist()
@@ -98,8 +101,8 @@ def test_callable_mask_needs_ids():
         model(torch.randn(2, 3, 6))
 
 
-def test_masks_that_are_not_padding(model):
-    """A 4-D attention mask says nothing of padding; inputs_embeds stand for ids."""
+def test_masks_of_other_shapes(model):
+    """A 4-D attention mask tells padding by its diagonal; inputs_embeds stand for ids."""
     embeds = model.get_input_embeddings()(tiny.tokens())
     with pyfacts.capture(model) as cache, torch.no_grad():
         model(inputs_embeds=embeds, attention_mask=MASK)
@@ -108,7 +111,16 @@ def test_masks_that_are_not_padding(model):
     causal = torch.ones(7, 7).tril().bool().expand(2, 1, 7, 7)
     with pyfacts.capture(llama) as cache, torch.no_grad():
         llama(tiny.tokens(), attention_mask=causal)
-    assert len(cache[NEURONS[0]]) == 14
+        llama(tiny.tokens(), attention_mask=causal & MASK[:, None, None, :].bool())
+        llama(
+            tiny.tokens(), attention_mask=torch.where(causal[:1], 0.0, -1e9)
+        )  # added to the scores, for all sequences
+    everything = [[s, p] for s in range(2) for p in range(7)]
+    assert cache.positions.tolist() == [
+        *everything,
+        *([s + 2, p] for s, p in KEPT),
+        *([s + 4, p] for s, p in everything),
+    ]
 
 
 # ---- positions under a cache -----------------------------------------------------------------------------------------
@@ -140,6 +152,26 @@ def test_a_cache_from_before_the_capture(model):
     assert cache.positions.tolist() == [[0, 4], [0, 5], [1, 4], [1, 5]]
 
 
+@pytest.mark.parametrize("make", [tiny.opt, lambda: tiny.llama_like("Gemma2", head_dim=8)])
+def test_a_static_cache_keeps_padding_out_too(make):
+    """`generate` then hands the model masks [batch, 1, query, key], for Gemma one for each kind of layer."""
+    model = make()
+    mask, caches = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]), []
+    for implementation in ("dynamic", "static"):
+        with pyfacts.capture(model, NEURONS[1]) as cache:
+            model.generate(
+                tiny.tokens(2, 4),
+                attention_mask=mask,
+                max_new_tokens=3,
+                min_new_tokens=3,
+                do_sample=False,
+                cache_implementation=implementation,
+            )
+        caches.append(cache)
+    assert caches[0].positions.tolist() == caches[1].positions.tolist() and len(caches[0].positions) == 6 + 2 * 2
+    torch.testing.assert_close(*(cache[NEURONS[1]].to_dense() for cache in caches), rtol=1e-4, atol=1e-5)
+
+
 # ---- a hook that is called several times in a forward ----------------------------------------------------------------
 
 
@@ -161,6 +193,18 @@ def test_chunked_feed_forward(select):
     torch.testing.assert_close(*(cache["blocks.1.hook_mlp_out"] for cache in caches), rtol=1e-4, atol=1e-5)
     assert len(a) == 12 + 18
     assert caches[0][NEURONS[0]].dropped_share == pytest.approx(caches[1][NEURONS[0]].dropped_share, rel=1e-4)
+
+
+def test_modules_that_take_positions_first_are_refused():
+    """As many rows as tokens, but in another order."""
+
+    class PositionsFirst(tiny.PlainMlp):
+        def forward(self, input_ids):
+            return super().forward(torch.nn.functional.one_hot(input_ids.T, 6).float())
+
+    model = PositionsFirst()
+    with pytest.raises(ValueError, match=r"shape \(5, 2, .*\[2, 5\].*positions first"), pyfacts.capture(model, "fc2"):
+        model(torch.zeros(2, 5, dtype=torch.long))
 
 
 # ---- encoder and decoder ---------------------------------------------------------------------------------------------
@@ -190,6 +234,12 @@ def test_token_masks_by_stream():
         model(tiny.tokens(), decoder_input_ids=tiny.tokens(2, 2))
     assert cache.positions_of("encoder_blocks.0.mlp.hook_post").tolist() == KEPT
     assert cache.positions_of("decoder_blocks.0.mlp.hook_post").tolist() == [[0, 0], [1, 1]]
+
+
+@pytest.mark.parametrize("make", [tiny.opt, tiny.t5])
+def test_a_token_mask_of_no_stream(make):
+    with pytest.raises(ValueError, match=r"token_mask has masks for 'text', but the hooks' tokens are those of"):
+        pyfacts.capture(make(), token_mask={"text": MASK})
 
 
 def test_labels_and_generate():
