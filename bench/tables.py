@@ -40,9 +40,9 @@ def summary(machines: Sequence[Figures]) -> str:
     """What has an aim, with two columns a machine, and the sizes."""
     names = [chr(ord("A") + i) for i in range(len(machines))]
     lines = [
-        "4,096 tokens by 16,384 neurons on one core unless said otherwise; 1.5x is one and a half times the speed of the",
-        "peer in the same process. Medians of alternating calls, and of three processes the middle one. What has no aim,",
-        "and rates: [bench/RESULTS.md](bench/RESULTS.md).",
+        "4,096 tokens by 16,384 neurons on one core unless said otherwise; 1.5x is one and a half times the speed of",
+        "the peer in the same process; medians of alternating calls, of three processes the middle one. What has no",
+        "aim, and the rates: [bench/RESULTS.md](bench/RESULTS.md).",
         "",
         *(f"- {name}: {about(figures['machine'])}" for name, figures in zip(names, machines, strict=True)),
     ]

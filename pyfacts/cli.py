@@ -160,8 +160,8 @@ def info(out_directory: DumpArgument) -> None:
     out.print(escape(f"model {d.plan['model'].get('name') or d.plan['model'].get('class')}, codec {d.codec}"))
     if d.plan["select"]:
         kept = dict(d.plan["select"])
-        arguments = ", ".join(f"{name}={value}" for name, value in kept.items() if name != "kind")
-        out.print(escape(f"select {kept.get('kind')}({arguments})"))
+        kind = kept.pop("kind", "")  # a select of one's own may lack it
+        out.print(escape(f"select {kind}({', '.join(f'{name}={value}' for name, value in kept.items())})"))
     table = Table("hook", "kind", "dtype", box=None, header_style="bold", pad_edge=False)
     for name in ("width", "density", "L0", "never active", "dropped", "bytes", "of dense"):
         table.add_column(name, justify="right")

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from dump_models import CONTEXT, HOOKS, VOCAB, TinyModel, hooked, one_thread, tokens  # noqa: F401
-from tiny_models import opt
+from tiny_models import opt, t5
 
-from pyfacts.dump import documents
+from pyfacts.dump import arguments, documents, open_dump
 from pyfacts.dump.inputs import read_tokens
 from pyfacts.dump.run import dump
 
@@ -40,6 +40,10 @@ def model_directory(tokenizer, tmp_path_factory):
     opt().save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+def read(source, directory):
+    return read_tokens(source, directory, load_tokenizer=pytest.fail)
 
 
 def write(kind, path, ids):
@@ -185,7 +189,110 @@ class TestMasks:
         assert not (tmp_path / "out").exists()
 
 
+def test_a_model_by_its_name_is_loaded_onto_the_device(model_directory, monkeypatch):
+    monkeypatch.setattr(arguments, "default_device", lambda: torch.device("meta"))
+    module, name = arguments.load_model(model_directory)
+    assert name == str(model_directory)
+    assert {parameter.device.type for parameter in module.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    "environment, number",
+    [({}, 0), ({"LOCAL_RANK": "3", "SLURM_LOCALID": "1"}, 3), ({"SLURM_LOCALID": "1"}, 1), ({"LOCAL_RANK": "5"}, 1)],
+)
+def test_the_device_is_the_gpu_of_the_local_rank(environment, number, monkeypatch):
+    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(arguments.cuda, "available", lambda: True)
+    assert arguments.default_device() == torch.device("cuda", number)
+
+
+def test_a_gpu_without_kernels_is_not_used_and_that_is_said(monkeypatch):
+    assert torch.cuda.is_available() or arguments.default_device() == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(arguments.cuda, "available", lambda: False)
+    with pytest.warns(UserWarning, match="runs on the CPU though there is a GPU.*PYFACTS_CUDA=ON"):
+        assert arguments.default_device() == torch.device("cpu")
+
+
+def test_a_model_that_does_not_fit_the_device(model_directory, monkeypatch):
+    def refuse(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.nn.Module, "to", refuse)
+    with pytest.raises(ValueError, match="does not fit cpu alone: load it yourself"):
+        arguments.load_model(model_directory)
+
+
+def test_relative_positions_have_no_end(tmp_path):
+    """T5's `n_positions` is the length of what it was trained on."""
+    model = t5(cls="T5EncoderModel", n_positions=8)
+    d = dump(model, torch.randint(2, 40, (2, 20)), tmp_path / "out", allow_dense=True)
+    assert d.n_tokens == 40
+
+
+def test_positions_that_roberta_does_not_count(tmp_path):
+    """Its positions begin behind padding's, so two of the table's are never a token's."""
+    from transformers import RobertaConfig, RobertaModel
+
+    sizes = {"vocab_size": VOCAB, "hidden_size": 8, "intermediate_size": 32, "num_attention_heads": 2}
+    model = RobertaModel(RobertaConfig(**sizes, num_hidden_layers=1, max_position_embeddings=18, pad_token_id=1))
+    assert arguments.max_context(model) == 16
+    assert dump(model, torch.full((1, 16), 5), tmp_path / "out", allow_dense=True).n_tokens == 16
+    with pytest.raises(ValueError, match="17 tokens, and the model takes 16 positions"):
+        dump(model, torch.full((1, 17), 5), tmp_path / "longer", allow_dense=True)
+
+
+def test_a_model_that_is_offloaded(tmp_path):
+    """Its own parameters are on the meta device until they are needed."""
+    from accelerate import cpu_offload
+
+    ids = torch.randint(2, 40, (3, 9))
+    plain = dump(opt(), ids, tmp_path / "plain")
+    offloaded = dump(cpu_offload(opt(), execution_device=torch.device("cpu")), ids, tmp_path / "offloaded")
+    for hook in plain.hook_names:
+        assert torch.equal(plain[hook][:].to_dense(), offloaded[hook][:].to_dense())
+
+
+@pytest.mark.parametrize("kind", ["BatchEncoding", "dict", "lists"])
+def test_what_a_tokenizer_returned(kind, tokenizer, ids, tmp_path):
+    """Its padding is no token."""
+    tokenizer.pad_token = "<unk>"
+    batch = tokenizer(DOCUMENTS, padding=True, return_tensors=None if kind == "lists" else "pt")
+    found = read(batch if kind != "dict" else dict(batch), tmp_path)
+    assert [found._ids(i).tolist() for i in range(found.n_sequences)] == ids
+
+
+def test_a_streaming_data_set_after_a_map(ids, tmp_path):
+    """It does not know its columns; and a number called `tokens` is no document."""
+    import datasets
+
+    rows = datasets.Dataset.from_list([{"input_ids": row, "tokens": len(row)} for row in ids])
+    stream = rows.to_iterable_dataset().map(lambda row: row)
+    found = read(stream, tmp_path)
+    assert [found._ids(i).tolist() for i in range(found.n_sequences)] == ids
+    lines = tmp_path / "rows.jsonl"
+    lines.write_text("".join(json.dumps({"tokens": len(row), "token_ids": row}) + "\n" for row in ids))
+    assert read(lines, tmp_path).length.tolist() == [len(row) for row in ids]
+
+
 class TestBadInput:
+    def test_a_mapping_of_something_else(self, tmp_path):
+        with pytest.raises(ValueError, match=r"the mapping has the fields train, test; one of input_ids"):
+            read({"train": [[1]], "test": [[2]]}, tmp_path)
+
+    def test_an_address_is_no_directory(self, tmp_path):
+        for call in (
+            lambda: dump(TinyModel(), tokens(2), "s3://bucket/run", HOOKS),
+            lambda: open_dump("s3://bucket/run"),
+        ):
+            with pytest.raises(ValueError, match="s3://bucket/run is an address, and a dump lies in a directory"):
+                call()
+
     @pytest.mark.parametrize(
         ("source", "error", "message"),
         [

@@ -15,7 +15,7 @@ import torch
 from dump_models import ARGUMENTS, CONTEXT, HOOKS, N_SEQUENCES, TinyModel, committed_bytes, hooked, one_thread, tokens  # noqa: F401
 
 from pyfacts.capture import DENSE_ABOVE
-from pyfacts.dump import DumpError, DumpInterrupted, open_dump
+from pyfacts.dump import DumpError, DumpInterrupted, files, open_dump, shard_writer
 from pyfacts.dump.run import dump
 from pyfacts.select import topk
 
@@ -74,6 +74,21 @@ def test_signals_leave_a_resumable_dump(signum, undisturbed, tmp_path):
     resume(tmp_path, progress=seen.append)
     assert seen[0].tokens_resumed == 5120 and seen[-1].tokens_done == seen[-1].tokens_total == N_SEQUENCES * CONTEXT
     assert committed_bytes(tmp_path) == undisturbed
+
+
+def test_a_signal_that_comes_too_late_goes_to_whom_it_would_have_gone(tmp_path, monkeypatch):
+    received = []
+    before = signal.signal(signal.SIGTERM, lambda signum, frame: received.append(signum))
+
+    def progress(now):
+        if now.shards_done == now.shards_total:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    try:
+        assert resume(tmp_path, progress=progress).complete
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert received == [signal.SIGTERM]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
@@ -172,6 +187,44 @@ class TestWorkers:
         resume(tmp_path, rank=rank, world_size=3, progress=progress)
         assert int(seen[0]) == rank and committed_bytes(tmp_path) == undisturbed
 
+    @pytest.mark.parametrize("method", ["__init__", "commit", "_write_tokens", "_rename"])
+    def test_a_worker_that_is_done_sweeps_while_another_writes(self, method, undisturbed, tmp_path, monkeypatch):
+        """The other worker finishes everything, and removes what is left of this one's attempt."""
+        real = getattr(shard_writer.ShardWriter, method)
+
+        def late(self, *args, **kwargs):
+            monkeypatch.setattr(shard_writer.ShardWriter, method, real)
+            if method != "__init__":
+                resume(tmp_path)
+                return real(self, *args, **kwargs)
+            make = shard_writer.files.make_unique_directory
+
+            def swept(*where):
+                directory = make(*where)
+                monkeypatch.setattr(shard_writer.files, "make_unique_directory", make)
+                resume(tmp_path)
+                return directory
+
+            monkeypatch.setattr(shard_writer.files, "make_unique_directory", swept)
+            return real(self, *args, **kwargs)
+
+        monkeypatch.setattr(shard_writer.ShardWriter, method, late)
+        seen = []
+        assert resume(tmp_path, progress=seen.append).complete
+        assert seen[-1].tokens_done == seen[-1].tokens_total and committed_bytes(tmp_path) == undisturbed
+
+    def test_a_probe_that_is_swept_away(self, tmp_path, monkeypatch):
+        link = os.link
+
+        def swept(probe, *args):
+            monkeypatch.setattr(os, "link", link)
+            os.unlink(probe)
+            return link(probe, *args)
+
+        monkeypatch.setattr(os, "link", swept)
+        assert files.has_hard_links(tmp_path)
+        assert not list(tmp_path.iterdir())
+
     def test_ranks_from_the_environment(self, tmp_path, monkeypatch):
         from pyfacts.dump.arguments import worker
 
@@ -182,6 +235,9 @@ class TestWorkers:
         array = {"ID": "7", "MIN": "5", "STEP": "2", "COUNT": "3"}
         for name, value in array.items():
             monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
+        assert worker(None, None) == (4 * 1 + 3, 4 * 3)
+        monkeypatch.setenv("SLURM_PROCID", "0")
+        monkeypatch.setenv("SLURM_NTASKS", "1")
         assert worker(None, None) == (1, 3)
         monkeypatch.setenv("RANK", "1")
         monkeypatch.setenv("WORLD_SIZE", "2")

@@ -2,12 +2,14 @@
 
 import inspect
 import os
+import warnings
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .. import _library, cuda
 from ..attach import SaesByHook, SparseAutoencoder, resolve_captured
 from ..models import HookPoint, unwrap
 
@@ -15,7 +17,12 @@ MAX_DEFAULT_CONTEXT = 2048
 
 
 def load_model(model: Any) -> tuple[nn.Module, str | None]:
-    """Returns the module and its Hugging Face name or directory, if it has one."""
+    """Returns the module, and its Hugging Face name or directory, if that was given: then it is on `default_device()`.
+
+    Raises:
+        TypeError: model is neither.
+        ValueError: it does not fit the device.
+    """
     if isinstance(model, nn.Module):
         return model, None
     if not isinstance(model, str | os.PathLike):
@@ -26,7 +33,29 @@ def load_model(model: Any) -> tuple[nn.Module, str | None]:
     config = transformers.AutoConfig.from_pretrained(name)
     causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
-    return auto.from_pretrained(name, dtype="auto"), name
+    module, device = auto.from_pretrained(name, dtype="auto"), default_device()
+    try:
+        return module.to(device), name
+    except torch.OutOfMemoryError:
+        raise ValueError(
+            f"{name} does not fit {device} alone: load it yourself, such as with device_map='auto', and give the "
+            "module to pyfacts.dump"
+        ) from None
+
+
+def default_device() -> torch.device:
+    """The GPU of this process's number on its machine, or the CPU if there is none or pyfacts has no kernels for it."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if not cuda.available():
+        warnings.warn(
+            f"the model runs on the CPU though there is a GPU, for which this pyfacts has no kernels: run "
+            f"{_library.BUILD_CUDA}",
+            stacklevel=4,
+        )
+        return torch.device("cpu")
+    number = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+    return torch.device("cuda", number % torch.cuda.device_count())
 
 
 def load_tokenizer(tokenizer: Any, model: nn.Module, name: str | None) -> Any:
@@ -59,7 +88,16 @@ def max_context(model: nn.Module) -> int | None:
     """The longest sequence that the model's config allows; None if it names no limit."""
     config = getattr(model, "config", None) or getattr(model, "cfg", None)
     limits = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "n_ctx"))
-    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
+    limit = min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
+    return None if limit is None else limit - _positions_before_the_first(model)
+
+
+def _positions_before_the_first(model: nn.Module) -> int:
+    """RoBERTa and its like count positions on from padding's, so that the last ones of the table have no token."""
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] == "position_embeddings" and getattr(module, "padding_idx", None) is not None:
+            return module.padding_idx + 1
+    return 0
 
 
 def default_context(model: nn.Module) -> int:
@@ -70,6 +108,8 @@ def default_context(model: nn.Module) -> int:
 def check_lengths(model: nn.Module, longest: int) -> None:
     """Raises ValueError if a sequence is longer than the model takes: it would fail, or go on without meaning."""
     limit = max_context(model)
+    if hasattr(getattr(model, "config", None), "relative_attention_num_buckets"):
+        return  # T5: distances, not positions; the limit is the length of what it was trained on
     if limit is not None and longest > limit:
         raise ValueError(
             f"a sequence has {longest:,} tokens, and the model takes {limit:,} positions: cut sequences with "
@@ -97,14 +137,15 @@ def worker(rank: int | None, world_size: int | None) -> tuple[int, int]:
         env = os.environ
         if "RANK" in env and "WORLD_SIZE" in env:
             rank, world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
-        elif "SLURM_ARRAY_TASK_COUNT" in env:
-            first, step = int(env.get("SLURM_ARRAY_TASK_MIN", 0)), int(env.get("SLURM_ARRAY_TASK_STEP", 1))
-            rank = (int(env["SLURM_ARRAY_TASK_ID"]) - first) // max(1, step)
-            world_size = int(env["SLURM_ARRAY_TASK_COUNT"])
-        elif "SLURM_PROCID" in env and "SLURM_NTASKS" in env:
-            rank, world_size = int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"])
         else:
             rank, world_size = 0, 1
+            if "SLURM_ARRAY_TASK_COUNT" in env:
+                first, step = int(env.get("SLURM_ARRAY_TASK_MIN", 0)), int(env.get("SLURM_ARRAY_TASK_STEP", 1))
+                rank = (int(env["SLURM_ARRAY_TASK_ID"]) - first) // max(1, step)
+                world_size = int(env["SLURM_ARRAY_TASK_COUNT"])
+            if "SLURM_PROCID" in env and "SLURM_NTASKS" in env:  # of each element of an array, if there is one
+                n_tasks = int(env["SLURM_NTASKS"])
+                rank, world_size = rank * n_tasks + int(env["SLURM_PROCID"]), world_size * n_tasks
     if rank is None or world_size is None or not 0 <= rank < world_size:
         raise ValueError(f"rank and world_size go together, with 0 <= rank < world_size; got {rank} and {world_size}")
     return rank, world_size
@@ -116,7 +157,10 @@ def model_inputs(
     """What to call the model with: `input_ids` where it has them, else the ids first."""
     parameters = inspect.signature(unwrap(model).forward).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    loaded = (
+        parameter.device for parameter in model.parameters() if not parameter.is_meta
+    )  # what is offloaded is meta
+    device = next(loaded, torch.device("cpu"))
     input_ids = torch.from_numpy(ids).to(device)
     kwargs: dict[str, Any] = {}
     if attention is not None:

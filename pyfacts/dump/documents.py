@@ -3,7 +3,7 @@
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ def read_documents(source: Any) -> Iterable[Document] | np.ndarray:
 
     Args:
         source: a path (.txt, .jsonl, .parquet, .npy, or the directory of a saved Hugging Face data set), a Hugging Face
-            `Dataset`, or an iterable of strings or of lists of token ids.
+            `Dataset`, what a tokenizer returned (a mapping; padding is dropped by its attention mask), or an iterable
+            of strings or of lists of token ids.
 
     Returns:
         An iterable of documents, or, for .npy, the memory-mapped array.
@@ -30,6 +31,8 @@ def read_documents(source: Any) -> Iterable[Document] | np.ndarray:
     Raises:
         ValueError: the path does not exist, is of an unknown kind, or has no field of text or token ids.
     """
+    if isinstance(source, Mapping):
+        return _mapping(source)
     if not isinstance(source, str | os.PathLike):
         return _dataset(source, "the data set") if hasattr(source, "column_names") else source
     path = Path(source)
@@ -80,6 +83,13 @@ def token_documents(documents: Iterable[Document], load_tokenizer: Callable[[], 
             number += 1
 
 
+def _mapping(columns: Mapping[str, Any]) -> list[Document]:
+    field = _field(columns, "the mapping")
+    masks = columns.get("attention_mask")
+    documents = columns[field]
+    return [_unmasked(*row) for row in (zip(documents) if masks is None else zip(documents, masks, strict=True))]
+
+
 def _text(path: Path) -> Iterator[str]:
     with open(path, encoding="utf-8") as file:
         while piece := file.read(TEXT_PIECE_CHARS):
@@ -97,8 +107,7 @@ def _json_lines(path: Path) -> Iterator[Document]:
                 raise ValueError(f"tokens: line {number} of {path} is no JSON: {error}") from error
             if not isinstance(row, dict):
                 raise ValueError(f"tokens: line {number} of {path} is no JSON object")
-            field = _field(row, f"line {number} of {path}")
-            yield _unmasked(row[field], row.get("attention_mask"))
+            yield _row(row, f"line {number} of {path}")
 
 
 def _parquet(path: Path) -> Iterator[Document]:
@@ -123,11 +132,21 @@ def _saved_dataset(path: Path) -> Iterator[Document]:
 
 
 def _dataset(rows: Any, name: str) -> Iterator[Document]:
+    if rows.column_names is None:  # a stream after a `map`
+        for row in rows:
+            yield _row(row, f"a row of {name}")
+        return
     field = _field(rows.column_names, name)
     columns = [column for column in (field, "attention_mask") if column in rows.column_names]
     for batch in rows.with_format(None).iter(batch_size=1024):
         for values in zip(*(batch[column] for column in columns), strict=True):
             yield _unmasked(*values)
+
+
+def _row(row: Mapping[str, Any], where: str) -> Document:
+    """The document of one row; a number called `tokens` is none."""
+    field = _field((name for name, value in row.items() if not isinstance(value, int | float)), where)
+    return _unmasked(row[field], row.get("attention_mask"))
 
 
 def _field(names: Iterable[str], where: str) -> str:

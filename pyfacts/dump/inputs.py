@@ -86,7 +86,7 @@ class Tokens:
             if low < 0:
                 raise ValueError(
                     f"tokens: document {self.document[sequence]} holds the negative token id {low}; token ids start at "
-                    "0 (mark padding with token_mask= or leave it out)"
+                    "0 (leave padding out, or give what the tokenizer returned, with its attention mask)"
                 )
             highest = max(highest, high)
             captured[sequence] = np.count_nonzero(mask)

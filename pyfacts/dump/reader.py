@@ -20,6 +20,7 @@ from . import shuffle
 from .arrays import BITS, Framework, numpy_framework, torch_framework
 from .cache import Cache
 from .errors import DumpError
+from .files import local_path
 from .layout import COLUMN_WIDTH, HookSpec
 from .plan import PLAN_FILE, Plan, ShardRecord, record_path
 from .results import Context, FeatureStats, VerifyReport
@@ -48,7 +49,7 @@ def open_dump(path: str | os.PathLike[str], framework: str = "torch") -> "Dump":
     """
     if framework not in ("torch", "numpy"):
         raise ValueError(f"framework must be 'torch' or 'numpy', got {framework!r}")
-    return Dump(Path(path), torch_framework() if framework == "torch" else numpy_framework())
+    return Dump(local_path(path), torch_framework() if framework == "torch" else numpy_framework())
 
 
 class Dump:
@@ -176,10 +177,11 @@ class Dump:
     ) -> Iterator[dict[str, Any]]:
         """Yields every committed token once, shuffled, as {hook: dense [batch_size, n_features]}; the last is shorter.
 
-        The shuffle: the blocks of the dump (about 4,096 tokens each) are permuted by `seed`, and each rank takes every
-        world_size-th. A rank reads eight blocks at a time and permutes their tokens together with those left over from
-        the eight before. So a batch mixes eight places of the dump, at the memory of sixteen packed blocks per hook.
-        It depends on the arguments and the dump alone.
+        The shuffle: the blocks of the dump (4,096 to 16,384 tokens each) are permuted by `seed`, and each rank takes
+        every world_size-th. A rank reads eight blocks at a time and permutes their tokens together with those left over
+        from the eight before. So a batch mixes eight places of the dump, at the memory of sixteen packed blocks per
+        hook. It depends on the arguments and the dump alone. Ranks get a block more or less, so not equally many
+        batches: where all must take the same number of steps (DistributedDataParallel), use its `join()`.
 
         Args:
             hooks: a hook's name or several; their rows belong to the same tokens.

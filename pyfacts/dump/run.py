@@ -85,10 +85,13 @@ def dump(
     shards of its rank and then helps with what is left.
 
     Args:
-        model: a module, which is called in eval mode without gradients; or a Hugging Face name or directory.
-        tokens: token ids [n_sequences, pos] or [n] (tensor or array, memory-mapped too); a list of lists; a Hugging
-            Face data set; or a path to .txt, .jsonl, .parquet, .npy or a saved data set. Each sequence is given to the
-            model on its own, in batches padded on the right.
+        model: a module, which is called in eval mode without gradients; or a Hugging Face name or directory, which is
+            loaded onto the GPU of `LOCAL_RANK` (0 without), or the CPU if there is none or pyfacts has no kernels for
+            it.
+        tokens: token ids [n_sequences, pos] or [n] without padding (tensor or array, memory-mapped too); what a
+            tokenizer returned (padding is dropped by its attention mask); a list of lists; a Hugging Face data set; or
+            a path to .txt, .jsonl, .parquet, .npy or a saved data set. Each sequence is given to the model on its own,
+            in batches padded on the right.
         out: the directory.
         names_filter: the hooks, as in `pyfacts.capture`; None for every MLP's neurons or, with `saes`, no hook but
             their latents.
@@ -129,7 +132,7 @@ def dump(
     rank, world_size = worker(rank, world_size)
     module, name = load_model(model)
     points, latents = dumped_points(module, names_filter, saes)
-    root = Path(out)
+    root = files.local_path(out)
     with made_directory(root):
         source = read_tokens(
             tokens,
@@ -256,10 +259,16 @@ class _Run:
 
     def _write_shard(self, shard: int) -> None:
         plan = self._plan
-        with disk_errors(self._root):
-            writer = ShardWriter(self._root, plan, shard)
-        thread = WriterThread()
         done = self._tokens_done
+        with disk_errors(self._root):
+            try:
+                writer = ShardWriter(self._root, plan, shard)
+            except FileNotFoundError:
+                if not self._committed(shard):
+                    raise
+                self._tokens_done += self._shard_tokens(shard)  # somebody helped, and has swept our directory away
+                return
+        thread = WriterThread()
         try:
             pending: dict[str, list[Any]] = {hook.name: [] for hook in plan.hooks}
             waiting = 0

@@ -155,6 +155,17 @@ class ShardWriter:
 
     def commit(self, *, use_links: bool) -> bool:
         """Makes the shard a part of the dump. Returns False, and leaves nothing, if another worker was first."""
+        try:
+            won = self._commit(use_links)
+        except FileNotFoundError:
+            if not record_path(self._root, self.shard).exists():
+                raise
+            won = False  # and the winner has swept our directory away
+        if not won:
+            self.abandon()
+        return won
+
+    def _commit(self, use_links: bool) -> bool:
         hook_files = {}
         for name, writer in self._hooks.items():
             n_bytes, digest = writer.finish()
@@ -179,10 +190,7 @@ class ShardWriter:
         files.write_durably(source, record.to_json())
         files.fsync_directory(self._directory)
         files.fsync_directory(self._root)
-        won = files.put_if_absent(source, record_path(self._root, self.shard), use_links=use_links)
-        if not won:
-            self.abandon()
-        return won
+        return files.put_if_absent(source, record_path(self._root, self.shard), use_links=use_links)
 
     def abandon(self) -> None:
         """Removes the attempt."""

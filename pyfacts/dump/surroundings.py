@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -20,20 +21,23 @@ class Signals:
     """Remembers SIGTERM and SIGUSR1 until the dump comes by."""
 
     def __init__(self) -> None:
-        self._received: int | None = None
+        self.received: int | None = None
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
-        self._received = signum
+        self.received = signum
 
     def check(self, shards_done: int, shards_total: int) -> None:
         """Raises DumpInterrupted if one has come."""
-        if self._received is not None:
-            raise DumpInterrupted(self._received, shards_done, shards_total)
+        if self.received is not None:
+            raise DumpInterrupted(self.received, shards_done, shards_total)
 
 
 @contextlib.contextmanager
 def caught_signals() -> Iterator[Signals]:
-    """Catches the signals in the main thread, where alone that is possible; their handlers come back afterwards."""
+    """Catches the signals in the main thread, where alone that is possible; their handlers come back afterwards.
+
+    One that comes too late to interrupt the body is sent again to whoever handled it before.
+    """
     signals = Signals()
     previous: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
@@ -46,6 +50,8 @@ def caught_signals() -> Iterator[Signals]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+    if signals.received is not None:
+        os.kill(os.getpid(), signals.received)
 
 
 @contextlib.contextmanager
