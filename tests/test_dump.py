@@ -1,6 +1,7 @@
 """Dumps against plain PyTorch hooks: what goes in comes out, by token, by neuron, by value, shuffled."""
 
 import json
+import pickle
 import shutil
 import struct
 import subprocess
@@ -14,7 +15,7 @@ from dump_models import CONTEXT, HOOKS, WIDTH, TinyModel, committed_bytes, hooke
 from safetensors import safe_open
 
 import pyfacts
-from pyfacts.dump import DumpError, layout, open_dump
+from pyfacts.dump import DumpError, layout, open_dump, reader
 from pyfacts.dump.run import dump
 from pyfacts.select import topk
 
@@ -100,6 +101,25 @@ class TestReading:
             column = dense[HOOKS[1]][:, j].float()
             expected = sorted(((i, v) for i, v in enumerate(column.tolist()) if v), key=lambda p: (-p[1], p[0]))[:k]
             assert dumped[HOOKS[1]].top_tokens(j, k) == expected
+
+    def test_statistics_are_read_once_for_all_neurons(self, dumped, monkeypatch):
+        """Also of a dump of more shards than files stay open."""
+        monkeypatch.setattr(reader, "OPEN_FILES", 1)
+        read = []
+        real = reader.HookFile.statistics
+        monkeypatch.setattr(reader.HookFile, "statistics", lambda self: read.append(self) or real(self))
+        hook = open_dump(dumped.path)[HOOKS[0]]
+        for j in range(5):
+            assert hook.top_tokens(j, 3) == dumped[HOOKS[0]].top_tokens(j, 3)
+        assert len([file for file in read if file.hook.name == HOOKS[0]]) <= 2 * dumped.n_shards
+
+    @pytest.mark.parametrize("framework", ["torch", "numpy"])
+    def test_another_process_opens_it_anew(self, dumped, framework):
+        d = open_dump(dumped.path, framework)
+        there = pickle.loads(pickle.dumps(d))
+        assert there.framework is not d.framework and there[HOOKS[0]].top_tokens(3) == d[HOOKS[0]].top_tokens(3)
+        assert type(there.token_ids[:3]) is type(d.token_ids[:3])
+        assert pickle.loads(pickle.dumps(d[HOOKS[1]])).top_tokens(3) == d[HOOKS[1]].top_tokens(3)
 
     def test_statistics(self, dumped, dense):
         for hook in HOOKS:

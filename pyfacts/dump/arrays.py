@@ -143,3 +143,6 @@ def _floats(bits: np.ndarray, dtype: str) -> np.ndarray:
     if dtype != "bfloat16":
         return bits
     return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+FRAMEWORKS: dict[str, Callable[[], Framework]] = {"torch": torch_framework, "numpy": numpy_framework}

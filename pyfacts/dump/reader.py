@@ -17,7 +17,7 @@ import numpy as np
 from .. import _storage
 from ..errors import OutOfRangeError, UnknownHookError
 from . import shuffle
-from .arrays import BITS, Framework, numpy_framework, torch_framework
+from .arrays import BITS, FRAMEWORKS, numpy_framework
 from .cache import Cache
 from .errors import DumpError
 from .files import local_path
@@ -47,9 +47,9 @@ def open_dump(path: str | os.PathLike[str], framework: str = "torch") -> "Dump":
         >>> d = pyfacts.open_dump("out")  # doctest: +SKIP
         >>> d["blocks.3.mlp.hook_post"][100:200].to_dense()  # doctest: +SKIP
     """
-    if framework not in ("torch", "numpy"):
-        raise ValueError(f"framework must be 'torch' or 'numpy', got {framework!r}")
-    return Dump(local_path(path), torch_framework() if framework == "torch" else numpy_framework())
+    if framework not in FRAMEWORKS:
+        raise ValueError(f"framework must be one of {', '.join(map(repr, FRAMEWORKS))}, got {framework!r}")
+    return Dump(local_path(path), framework)
 
 
 class Dump:
@@ -64,13 +64,13 @@ class Dump:
         positions: int64 [n_tokens, 2], (document, position), likewise.
     """
 
-    def __init__(self, root: Path, framework: Framework) -> None:
+    def __init__(self, root: Path, framework: str) -> None:
         if not (root / PLAN_FILE).exists():
             raise DumpError(
                 f"is no dump: it has no {PLAN_FILE}" if root.exists() else "is no dump: it does not exist", path=root
             )
         self.path = root
-        self.framework = framework
+        self.framework, self._framework_name = FRAMEWORKS[framework](), framework
         self._plan = Plan.from_file(root / PLAN_FILE)
         self._records: dict[int, ShardRecord] = {}
         for shard in range(self._plan.n_shards):
@@ -82,6 +82,7 @@ class Dump:
         self._tokens: Cache[int, tuple[np.ndarray, ...]] = Cache(CACHED_BYTES, lambda t: sum(a.nbytes for a in t))
         self._hook_files: Cache[tuple[int, str], HookFile] = Cache(OPEN_FILES, lambda _: 1)
         self._blocks: Cache[tuple[int, str, int], Any] = Cache(CACHED_BYTES, _block_bytes)
+        self._maxima: Cache[tuple[int, str], np.ndarray] = Cache(CACHED_BYTES, lambda a: a.nbytes)
         self.token_ids = _TokenColumn(self, lambda tokens: tokens[2])
         self.positions = _TokenColumn(self, lambda tokens: np.stack(tokens[:2], axis=1))
 
@@ -135,6 +136,10 @@ class Dump:
     def __repr__(self) -> str:
         state = "" if self.complete else f", {len(self._records)} of {self.n_shards} shards committed"
         return f"Dump({str(self.path)!r}, {len(self._hooks)} hooks, {self.n_tokens:,} tokens{state})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A process that is handed a dump (a DataLoader's worker) opens it anew."""
+        return open_dump, (self.path, self._framework_name)
 
     # ---- reading across hooks ----------------------------------------------------------------------------------------
 
@@ -397,7 +402,7 @@ class DumpedHook:
         j = self._feature(j)
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
-        maxima = [(float(self._file(shard).statistics()[3][j]), shard) for shard in self._dump._records]
+        maxima = [(float(self._maxima(shard)[j]), shard) for shard in self._dump._records]
         best: list[tuple[float, int]] = []  # a heap of (value, -token): its root is the worst
         for maximum, shard in sorted(maxima, key=lambda item: (-item[0], item[1])):
             # A tie may still win by a lower token.
@@ -430,6 +435,10 @@ class DumpedHook:
 
     def _file(self, shard: int) -> HookFile:
         return self._dump._hook_file(shard, self._spec)
+
+    def _maxima(self, shard: int) -> np.ndarray:
+        """The features' maxima in a shard, float32 [width]; kept, for they are asked for of neuron after neuron."""
+        return self._dump._maxima.get((shard, self.name), lambda: self._file(shard).statistics()[3])
 
     def _block(self, shard: int, block: int) -> Any:
         """A block, checked: an encoding, or rows; the last ones are kept."""
