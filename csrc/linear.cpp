@@ -122,15 +122,7 @@ Planes encode_selected(Linear& linear, const Tensor& like, Selection selection) 
     const Tensor computed = linear(block);
     selection.add(dense_of(computed), block.first_token, block.first_feature, run_on_torch_threads);
   });
-  const cpu::SparseRows rows = selection.finish();
-  Tensor counts = empty_counts(like, linear.n_tokens(), linear.n_features());
-  Tensor tile_ptr = empty_tile_ptr(like, linear.n_tokens(), linear.n_features());
-  const cpu::PlaneSizes sizes = cpu::count(rows, static_cast<uint8_t*>(counts.mutable_data_ptr()),
-                                           static_cast<int64_t*>(tile_ptr.mutable_data_ptr()), run_on_torch_threads);
-  Planes planes = empty_planes(std::move(counts), std::move(tile_ptr), like, sizes);
-  const cpu::Planes out = pointers(planes);
-  cpu::pack(rows, out.tile_ptr, out.index, out.values, run_on_torch_threads);
-  return planes;
+  return pack_rows(selection.finish(), like);
 }
 
 }  // namespace
@@ -163,7 +155,7 @@ Planes linear_topk_encode(const Tensor& x, const Tensor& weight, const std::opti
   STD_TORCH_CHECK(1 <= k && k <= linear.n_features(), "k must be 1 to ", linear.n_features(), ", got ", k);
   STD_TORCH_CHECK(linear.n_tokens() <= UINT32_MAX && linear.n_features() <= UINT32_MAX, "x or weight is too large");
   return over_batch ? encode_selected(linear, x, cpu::BatchTopK(dtype, linear.n_tokens(), linear.n_features(), k))
-                    : encode_selected(linear, x, cpu::TopK(dtype, linear.n_features(), k));
+                    : encode_selected(linear, x, cpu::TopK(dtype, linear.n_features(), k, cpu::Order::value));
 }
 
 }  // namespace pyfacts

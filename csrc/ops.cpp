@@ -8,6 +8,7 @@
 #include "cpu/sparse_linear.h"
 #include "linear.h"
 #include "planes.h"
+#include "select.h"
 
 namespace pyfacts {
 namespace {
@@ -216,6 +217,8 @@ STABLE_TORCH_LIBRARY(pyfacts, m) {
   m.def(
       "linear_topk_encode(Tensor x, Tensor weight, Tensor? bias, SymInt k, bool over_batch)"
       " -> (Tensor counts, Tensor index, Tensor values, Tensor tile_ptr)");
+  m.def("topk_encode(Tensor x, SymInt k) -> (Tensor counts, Tensor index, Tensor values, Tensor tile_ptr)");
+  m.def("row_sq_norm(Tensor x) -> Tensor");
   m.def(
       "slice(Tensor counts, Tensor index, Tensor values, Tensor tile_ptr, SymInt n_features, SymInt start, SymInt stop)"
       " -> (Tensor counts, Tensor index, Tensor values, Tensor tile_ptr)");
@@ -245,6 +248,8 @@ STABLE_TORCH_LIBRARY_IMPL(pyfacts, CPU, m) {
   m.impl("linear_relu_encode", TORCH_BOX(&linear_relu_encode_and_dense));
   m.impl("gated_relu_encode", TORCH_BOX(&gated_relu_encode));
   m.impl("linear_topk_encode", TORCH_BOX(&linear_topk_encode));
+  m.impl("topk_encode", TORCH_BOX(&topk_encode));
+  m.impl("row_sq_norm", TORCH_BOX(&row_sq_norm));
   m.impl("slice", TORCH_BOX(&slice));
   m.impl("cat", TORCH_BOX(&cat));
   m.impl("neuron", TORCH_BOX(&neuron));

@@ -7,6 +7,7 @@
 #include <tuple>
 #include <utility>
 
+#include "cpu/sparse_rows.h"
 #include "stable.h"
 
 namespace pyfacts {
@@ -92,6 +93,18 @@ inline cpu::Planes pointers(const Planes& planes) {
   return {static_cast<uint8_t*>(std::get<0>(planes).mutable_data_ptr()),
           static_cast<uint8_t*>(std::get<1>(planes).mutable_data_ptr()), std::get<2>(planes).mutable_data_ptr(),
           static_cast<int64_t*>(std::get<3>(planes).mutable_data_ptr())};
+}
+
+// The planes of rows that are sparse already.
+inline Planes pack_rows(const cpu::SparseRows& rows, const Tensor& like) {
+  Tensor counts = empty_counts(like, rows.n_tokens(), rows.n_features);
+  Tensor tile_ptr = empty_tile_ptr(like, rows.n_tokens(), rows.n_features);
+  const cpu::PlaneSizes sizes = cpu::count(rows, static_cast<uint8_t*>(counts.mutable_data_ptr()),
+                                           static_cast<int64_t*>(tile_ptr.mutable_data_ptr()), run_on_torch_threads);
+  Planes planes = empty_planes(std::move(counts), std::move(tile_ptr), like, sizes);
+  const cpu::Planes out = pointers(planes);
+  cpu::pack(rows, out.tile_ptr, out.index, out.values, run_on_torch_threads);
+  return planes;
 }
 
 // The planes once `encoder` has seen every block.

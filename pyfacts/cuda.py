@@ -24,7 +24,7 @@ from .ops import Planes
 WIDE = 32768
 """Features from which an encoder is an SAE's, of whose latents few are active."""
 
-# None of these four was tuned on a GPU yet.
+# None of these was tuned on a GPU yet.
 CHUNK_BYTES = 32 << 20
 """Scratch memory of a product: most of the 50 MB of an H100's L2 cache."""
 ARENA_BYTES = 4 << 30
@@ -32,6 +32,8 @@ ARENA_BYTES = 4 << 30
 joining them takes 24 bytes a value, so that what is neither long nor wide should not come to it."""
 WIDE_ARENA_BYTES = 128 << 20
 """The same for wide encoders: room for every value would be more than a tenth of their dense result."""
+KEY_BYTES = 256 << 20
+"""The keys that `topk_encode` sorts by at a time, 8 bytes each."""
 DENSE_BYTES = 256 << 20
 """What is unpacked at a time for the gradient of `sparse_linear`."""
 
@@ -129,6 +131,40 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None =
         return torch.ops.aten.linear.out(x[start:stop], weight, bias, out=z)
 
     return linear
+
+
+# ---- selections of what is there already -----------------------------------------------------------------------------
+
+
+def topk_encode(x: Tensor, k: int) -> Planes:
+    """See `ops.topk_encode`."""
+    n_tokens, n_features = x.shape
+    if not 1 <= k <= n_features:
+        raise ValueError(f"k must be 1 to {n_features}, got {k}")
+    kept = torch.zeros_like(x, memory_format=torch.contiguous_format)
+    step = max(1, KEY_BYTES // 8 // n_features)
+    for start in range(0, n_tokens, step):
+        rows = x[start : start + step]
+        indices = _keys(rows).topk(k, dim=1, sorted=False).indices
+        kept[start : start + step].scatter_(1, indices, rows.gather(1, indices))
+    return ops.encode(kept, 0.0, False)
+
+
+def _keys(x: Tensor) -> Tensor:
+    """int64 keys [n_tokens, n_features], all different in a row, whose order is the one that `topk_encode` promises.
+
+    The bits of a non-negative float32 order like the number, so |x|'s are the upper half, with every NaN just above
+    infinity; in the lower half an earlier feature is larger.
+    """
+    bits = x.float().abs().view(torch.int32)
+    infinity = 0x7F800000
+    column = torch.arange(x.shape[1], device=x.device)
+    return (bits.clamp(max=infinity + 1).long() << 32) | (0xFFFFFFFF - column)
+
+
+def row_sq_norm(x: Tensor) -> Tensor:
+    """See `ops.row_sq_norm`."""
+    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).square()
 
 
 # ---- selections ------------------------------------------------------------------------------------------------------
@@ -298,7 +334,8 @@ def available() -> bool:
 
 def register() -> None:
     """Makes these functions the ops' CUDA kernels."""
-    computed = (linear_relu_encode, gated_relu_encode, linear_topk_encode, sparse_linear_grad_weight)
+    encoders = (linear_relu_encode, gated_relu_encode, linear_topk_encode, topk_encode)
+    computed = (*encoders, row_sq_norm, sparse_linear_grad_weight)
     kernels: dict[str, Callable[..., Any]] = {kernel.__name__: kernel for kernel in computed}
     kernels |= {name: on_the_cpu(getattr(torch.ops.pyfacts, name)) for name in ("slice", "cat", "neuron")}
     for name, kernel in kernels.items():

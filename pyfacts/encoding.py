@@ -212,7 +212,7 @@ def encode(x: Tensor, min_abs: float = 0.0, signed_zero: bool = False) -> Encode
     min_abs = _check_min_abs(min_abs)
     x = x.detach()
     counts, index, values, tile_ptr = ops.encode(x, min_abs, signed_zero)
-    sq_norm = row_sq_norm(x) if min_abs > 0 else None
+    sq_norm = ops.row_sq_norm(x) if min_abs > 0 else None
     return EncodedActivations(counts, index, values, tile_ptr, x.shape[1], signed_zero, sq_norm)
 
 
@@ -252,11 +252,6 @@ def cat(encodings: Sequence[EncodedActivations]) -> EncodedActivations:
     if any(encoding.sq_norm is not None for encoding in encodings):
         sq_norm = torch.cat([_sq_norm(encoding) for encoding in encodings])
     return replace(first, counts=counts, index=index, values=values, tile_ptr=tile_ptr, sq_norm=sq_norm)
-
-
-def row_sq_norm(x: Tensor) -> Tensor:
-    """Returns the squared norm of each row of x as float64 [n_tokens]."""
-    return torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).square()
 
 
 def _sq_norm(encoding: EncodedActivations) -> Tensor:

@@ -68,6 +68,16 @@ def linear_topk_encode(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, o
     return torch.ops.pyfacts.linear_topk_encode(x, weight, bias, k, over_batch)
 
 
+def topk_encode(x: Tensor, k: int) -> Planes:
+    """Encodes the k largest |x| of every row; NaN counts as the largest, and of equals the first come first."""
+    return torch.ops.pyfacts.topk_encode(x, k)
+
+
+def row_sq_norm(x: Tensor) -> Tensor:
+    """Returns the squared norm of each row of x, float64 [n_tokens]."""
+    return torch.ops.pyfacts.row_sq_norm(x)
+
+
 def sparse_linear(planes: Planes, W_dec: Tensor, b_dec: Tensor | None) -> Tensor:
     """Returns the encoding times W_dec [n_features, d_out], plus b_dec; RuntimeError if it is not a valid encoding.
 
@@ -294,6 +304,16 @@ def _(x: Tensor, w_gate: Tensor, w_up: Tensor, b_gate: Tensor | None, b_up: Tens
 @torch.library.register_fake("pyfacts::linear_topk_encode")
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, over_batch: bool) -> Planes:
     return _empty_planes(x, x.shape[0], weight.shape[0])
+
+
+@torch.library.register_fake("pyfacts::topk_encode")
+def _(x: Tensor, k: int) -> Planes:
+    return _empty_planes(x, *x.shape)
+
+
+@torch.library.register_fake("pyfacts::row_sq_norm")
+def _(x: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0],), dtype=torch.float64)
 
 
 @torch.library.register_fake("pyfacts::slice")

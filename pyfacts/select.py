@@ -14,10 +14,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from .encoding import EncodedActivations, check_matrix, encode, row_sq_norm
-
-CHUNK_ELEMENTS = 1 << 22
-"""Top-k works through the tokens in pieces of about this many elements: its keys are 8 bytes each."""
+from . import ops
+from .encoding import EncodedActivations, check_matrix, encode
 
 
 @runtime_checkable
@@ -68,13 +66,7 @@ class topk:
         n_features = x.shape[1]
         if self.k > n_features:
             raise ValueError(f"topk(k={self.k}) of activations that have only {n_features} features; lower k")
-        kept = torch.zeros_like(x, memory_format=torch.contiguous_format)
-        step = max(1, CHUNK_ELEMENTS // max(1, n_features))
-        for start in range(0, x.shape[0], step):
-            rows = x[start : start + step]
-            indices = _keys(rows).topk(self.k, dim=1, sorted=False).indices
-            kept[start : start + step].scatter_(1, indices, rows.gather(1, indices))
-        return replace(encode(kept), sq_norm=row_sq_norm(x))
+        return EncodedActivations(*ops.topk_encode(x, self.k), n_features, sq_norm=ops.row_sq_norm(x))
 
     def describe(self) -> dict[str, object]:
         """{"kind": "topk", "k": k}"""
@@ -132,7 +124,7 @@ class min_abs:
             self.theta = self.theta.to(x.device)
         # Not |x| > theta: a NaN is kept because it compares false.
         kept = x.masked_fill(x.abs() <= self.theta, 0)
-        return replace(encode(kept), sq_norm=row_sq_norm(x))
+        return replace(encode(kept), sq_norm=ops.row_sq_norm(x))
 
     def describe(self) -> dict[str, object]:
         """{"kind": "min_abs", "theta": θ}, or for a tensor its length, range and a SHA-256 of its float64 bytes."""
@@ -150,15 +142,3 @@ class min_abs:
     def __repr__(self) -> str:
         shown = f"<{self.theta.shape[0]} thresholds>" if isinstance(self.theta, Tensor) else repr(self.theta)
         return f"pyfacts.min_abs({shown})"
-
-
-def _keys(x: Tensor) -> Tensor:
-    """int64 keys [n_tokens, n_features], all different in a row, whose order is the one that `topk` promises.
-
-    The bits of a non-negative float32 order like the number, so |x|'s are the upper half, with every NaN just above
-    infinity; in the lower half an earlier feature is larger.
-    """
-    bits = x.float().abs().view(torch.int32)
-    infinity = 0x7F800000
-    column = torch.arange(x.shape[1], device=x.device)
-    return (bits.clamp(max=infinity + 1).long() << 32) | (0xFFFFFFFF - column)

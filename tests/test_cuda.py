@@ -268,6 +268,25 @@ def test_topk_where_the_order_is_hard(device: str) -> None:
 
 
 @on_each_device
+@of_each_dtype
+@pytest.mark.parametrize("k", [1, 3, 300])
+def test_topk_of_what_is_there_already(
+    device: str, dtype: torch.dtype, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By magnitude; in chunks of two rows."""
+    monkeypatch.setattr(cuda, "KEY_BYTES", 2 * 300 * 8)
+    x = whole_numbers(37, 300, dtype=dtype)
+    x[3, 10:14] = torch.tensor([float("nan"), float("inf"), -float("inf"), -float("nan")])
+    assert_same_planes(kernel(device, "topk_encode")(x.to(device), k), ops.topk_encode(x, k))
+    x = x[4:]
+    torch.testing.assert_close(
+        kernel(device, "row_sq_norm")(x.to(device)).cpu(), ops.row_sq_norm(x), rtol=1e-12, atol=0
+    )
+    with pytest.raises((ValueError, RuntimeError), match="k must be 1 to 300, got 301"):
+        kernel(device, "topk_encode")(x.to(device), 301)
+
+
+@on_each_device
 def test_bad_arguments_of_the_ops_are_refused(device: str) -> None:
     ones, nan = torch.ones(4, 4, device=device), torch.tensor([1.0, 1.0, float("nan"), 1.0], device=device)
     encode = kernel(device, "linear_relu_encode")

@@ -36,11 +36,13 @@ def samples(dtype: torch.dtype) -> list[tuple[object, tuple[object, ...]]]:
         (OPS.gated_relu_encode.default, (tokens, weight, weight, bias, None)),
         (OPS.linear_topk_encode.default, (tokens, weight, bias, 3, False)),
         (OPS.linear_topk_encode.default, (tokens, weight, None, 3, True)),
+        (OPS.topk_encode.default, (tokens, 3)),
+        (OPS.row_sq_norm.default, (tokens,)),
     ]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("number", range(13))
+@pytest.mark.parametrize("number", range(15))
 def test_opcheck(dtype: torch.dtype, number: int) -> None:
     op, args = samples(dtype)[number]
     torch.library.opcheck(op, args)

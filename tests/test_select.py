@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import pyfacts
+from pyfacts import ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -47,15 +48,52 @@ def test_topk(dtype, k):
     torch.testing.assert_close(enc.sq_norm, norms(x), equal_nan=True)
 
 
-def test_topk_in_chunks(monkeypatch):
-    """The pieces it works in do not show, at any length, for rows that are not contiguous either."""
-    x = matrix(torch.float32)
+def test_topk_of_many_tokens_and_any_strides():
+    """More tokens than are in memory at once; rows that are not whole, or overlap; none at all."""
+    x = matrix(torch.float32, n_tokens=2100, n_features=40)
     whole = pyfacts.topk(7).encode(x).to_dense()
-    monkeypatch.setattr("pyfacts.select.CHUNK_ELEMENTS", 5 * 300)
-    assert torch.equal(pyfacts.topk(7).encode(x).to_dense().nan_to_num(99), whole.nan_to_num(99))
+    by_row = torch.cat([pyfacts.topk(7).encode(row[None]).to_dense() for row in x])
+    assert torch.equal(whole.nan_to_num(99), by_row.nan_to_num(99))
     transposed = x.T.contiguous().T
     assert torch.equal(pyfacts.topk(7).encode(transposed).to_dense().nan_to_num(99), whole.nan_to_num(99))
-    assert pyfacts.topk(7).encode(x[:0]).shape == (0, 300)
+    repeated = pyfacts.topk(7).encode(x[7:8].expand(5, -1)).to_dense()
+    assert torch.equal(repeated, whole[7:8].expand(5, -1))
+    assert pyfacts.topk(7).encode(x[:0]).shape == (0, 40)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_topk_of_arbitrary_bits(dtype):
+    """Every NaN, infinity, subnormal and both zeros, against sorting; the stored values keep their bits."""
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    low, high = torch.iinfo(bits).min, torch.iinfo(bits).max
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(low, high + 1, (60, 520), dtype=torch.int64, generator=generator).to(bits)
+    x[::3] = x[::3] % 5 * 2**13  # ties, and few magnitudes
+    x = x.view(dtype)
+    for k in (1, 3, 64, 519, 520):
+        expected = torch.zeros_like(x)
+        for i, row in enumerate(x):
+            kept = topk_row(row, k)
+            expected[i, kept] = row[kept]
+        for ours, theirs in zip(pyfacts.topk(k).encode(x).planes, pyfacts.encode(expected).planes, strict=True):
+            assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_features", [0, 1, 7, 8, 300])
+def test_row_norms_are_exact_sums(dtype, n_features):
+    """Of whole numbers, whose squares add up without rounding; the same bits with one thread and with two."""
+    x = torch.randint(-60, 60, (33, n_features), generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert torch.equal(ops.row_sq_norm(x), norms(x))
+    assert torch.equal(ops.row_sq_norm(x.T.contiguous().T), norms(x))
+    x = (torch.randn(33, n_features) * 3).to(dtype)
+    threads, found = torch.get_num_threads(), []
+    for n in (1, 2):
+        torch.set_num_threads(n)
+        found.append(ops.row_sq_norm(x))
+    torch.set_num_threads(threads)
+    assert torch.equal(*found)
+    torch.testing.assert_close(found[0], norms(x), rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -26,10 +26,10 @@ uint32_t load(const uint8_t* element, int64_t item) {
   return narrow;
 }
 
-// found(feature, bits) for the elements of a row above the floor and every NaN; after_segment() behind those of each
-// segment, which may raise the floor.
+// found(feature, bits) for the elements of a row that rank above the floor, and NaNs; after_segment() behind those of
+// each segment, which may raise the floor.
 template <typename Found, typename AfterSegment>
-void search_row(const Dense& block, int64_t row, int64_t first_feature, const Predicate& nan, const uint32_t& floor,
+void search_row(const Dense& block, int64_t row, int64_t first_feature, const Rank& rank, const uint32_t& floor,
                 Found found, AfterSegment after_segment) {
   const int64_t item = item_bytes(block.dtype);
   const auto search = item == 4 ? kernels().search32 : kernels().search16;
@@ -37,7 +37,7 @@ void search_row(const Dense& block, int64_t row, int64_t first_feature, const Pr
   for (int64_t column = 0; column < n_columns(block.n_features); ++column) {
     const int64_t start = column * kColumnWidth;
     uint64_t words[4];
-    search({x + start * item, column_width(block.n_features, column), nan, floor, words});
+    search(rank.above(floor, x + start * item, column_width(block.n_features, column), words));
     if ((words[0] | words[1] | words[2] | words[3]) == 0) continue;
     for (int64_t i = 0; i < 4; ++i) {
       for (uint64_t bits = words[i]; bits != 0; bits &= bits - 1) {
@@ -56,7 +56,8 @@ void search_row(const Dense& block, int64_t row, int64_t first_feature, const Pr
 
 // A selection follows a segment that brought as many candidates again as are kept; a whole segment may be one more.
 // Waiting for more of them makes selections fewer but larger, and the floor rises later: that costs more in all.
-TopK::TopK(DType dtype, int64_t n_features, int64_t k) : rank_(dtype), k_(k), capacity_(2 * k + kColumnWidth) {
+TopK::TopK(DType dtype, int64_t n_features, int64_t k, Order order)
+    : rank_(dtype, order), k_(k), capacity_(2 * k + kColumnWidth) {
   rows_.dtype = dtype;
   rows_.n_features = n_features;
 }
@@ -75,7 +76,7 @@ void TopK::keep_best(Candidates* candidates) const {
 // A later value equal to the floor has a higher feature than all candidates, and loses to them.
 void TopK::scan(const Dense& block, int64_t row, int64_t first_feature, Candidates* candidates) const {
   search_row(
-      block, row, first_feature, rank_.nan(), candidates->floor,
+      block, row, first_feature, rank_, candidates->floor,
       [&](uint32_t feature, uint32_t bits) { candidates->entries[candidates->n++] = {feature, bits}; },
       [&] {
         if (candidates->n > capacity_ - kColumnWidth) keep_best(candidates);
@@ -113,7 +114,7 @@ void TopK::finish_rows(ParallelFor parallel_for) {
 // --------------------------------------------------------------------------------------------------
 
 BatchTopK::BatchTopK(DType dtype, int64_t n_tokens, int64_t n_features, int64_t k)
-    : rank_(dtype),
+    : rank_(dtype, Order::value),
       n_tokens_(n_tokens),
       n_features_(n_features),
       n_kept_(static_cast<size_t>(k) * static_cast<size_t>(n_tokens)),
@@ -139,7 +140,7 @@ void BatchTopK::add(const Dense& block, int64_t first_token, int64_t first_featu
     for (int64_t row = begin; row < end; ++row) {
       const auto token = static_cast<uint32_t>(first_token + row);
       search_row(
-          block, row, first_feature, rank_.nan(), floor_,
+          block, row, first_feature, rank_, floor_,
           [&](uint32_t feature, uint32_t bits) { found.push_back({token, {feature, bits}}); }, [] {});
     }
     std::lock_guard<std::mutex> lock(mutex);

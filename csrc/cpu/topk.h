@@ -1,30 +1,43 @@
-// The k largest positive values of every token, or k per token of the whole batch, of a matrix that arrives in blocks
-// and is never there as a whole. NaN counts as the largest; among equals the earliest token, then the lowest feature,
-// comes first.
+// The k largest positive values or magnitudes of every token, or k positive values per token of the whole batch, of a
+// matrix that arrives in blocks and need not be there as a whole. NaN counts as the largest; among equals the earliest
+// token, then the lowest feature, comes first.
 #pragma once
 
 #include <limits>
 
 #include "../predicate.h"
+#include "kernels.h"
 #include "sparse_rows.h"
 
 namespace pyfacts::cpu {
 
-// Orders the raw bits of values that are positive or NaN as the selection does.
+enum class Order : uint8_t { value, magnitude };
+
+// Orders the raw bits of values that are positive or NaN, or of any by their magnitude, as the selection does.
 class Rank {
  public:
-  explicit Rank(DType dtype) : nan_(make_predicate(dtype, std::numeric_limits<double>::infinity(), false)) {}
-  uint32_t operator()(uint32_t bits) const { return (bits & nan_.mask) > nan_.floor ? nan_.mask : bits; }
-  const Predicate& nan() const { return nan_; }  // satisfied by NaN alone
+  Rank(DType dtype, Order order)
+      : nan_(make_predicate(dtype, std::numeric_limits<double>::infinity(), false)), order_(order) {}
+  uint32_t operator()(uint32_t bits) const {
+    const uint32_t magnitude = bits & nan_.mask;
+    if (magnitude > nan_.floor) return nan_.mask;
+    return order_ == Order::value ? bits : magnitude;
+  }
+  // A search for all that rank above the floor; of NaNs it may find more.
+  Search above(uint32_t floor, const uint8_t* x, int64_t width, uint64_t* found) const {
+    if (order_ == Order::value) return {x, width, nan_, floor, found};
+    return {x, width, {nan_.mask, floor, nan_.also, false}, nan_.mask, found};
+  }
 
  private:
-  Predicate nan_;
+  Predicate nan_;  // satisfied by NaN alone
+  Order order_;
 };
 
 // The rows of blocks come in order; the blocks of a row of blocks from left to right, in whole columns.
 class TopK {
  public:
-  TopK(DType dtype, int64_t n_features, int64_t k);
+  TopK(DType dtype, int64_t n_features, int64_t k, Order order);
   void add(const Dense& block, int64_t first_token, int64_t first_feature, ParallelFor parallel_for);
   SparseRows finish() { return std::move(rows_); }
 
