@@ -200,6 +200,19 @@ class TensorFile:
             raise DumpError(f"bytes {begin}:{stop} of {info.nbytes} were asked for", path=self.path, tensor=name)
         return self._view[start + begin : start + stop]
 
+    def check_padding(self) -> None:
+        """Reads every `padding` tensor, which nothing else does: DumpError unless it is 0 to 7 zeros."""
+        for name in self.tensors:
+            if name.rpartition("/")[2] == "padding":
+                padding = self.bytes(name)
+                if padding.nbytes >= ALIGNMENT or any(padding):
+                    raise DumpError(
+                        f"must be 0 to 7 zeros, has {padding.nbytes} bytes: {padding[:ALIGNMENT].hex(' ')}",
+                        path=self.path,
+                        tensor=name,
+                        offset=self.offset(name),
+                    )
+
     def array(self, name: str, dtype: str, shape: tuple[int | None, ...]) -> np.ndarray:
         """Returns a copy of a tensor (BF16 as its bits, u2) after checking its dtype and shape."""
         info = self.info(name, dtype, shape)

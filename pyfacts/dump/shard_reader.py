@@ -227,6 +227,7 @@ class TokensFile:
 
     def read(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Returns document, position and token id of every token, int64 [n_tokens] each."""
+        self._file.check_padding()
         digests = self._file.array("xxh3", "U64", (3,))
         arrays = []
         for i, name in enumerate(("document", "position", "token_ids")):
@@ -245,6 +246,7 @@ class TokensFile:
 
 def verify_hook_file(file: HookFile, nnz: int) -> None:
     """Reads everything and compares the statistics and `nnz` of the record with the values; DumpError."""
+    file._file.check_padding()
     if file.hook.kind == "rows":
         for block in range(len(file.blocks)):
             file.rows(block)
