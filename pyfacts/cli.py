@@ -257,7 +257,9 @@ def marked_context(context: Context, tokenizer: Any) -> str:
     at = context.token_index - context.start
     words = [f" {i}" if tokenizer is None else tokenizer.decode([i]) for i in ids]
     before, firing, after = ("".join(part).replace("\n", "⏎") for part in (words[:at], [words[at]], words[at + 1 :]))
-    return f"{escape(before)}[bold reverse]{escape(f'«{firing.strip() or firing}»')}[/bold reverse]{escape(after)}"
+    word = firing.lstrip() or firing
+    before += firing.removesuffix(word)
+    return f"{escape(before)}[bold reverse]{escape(f'«{word}»')}[/bold reverse]{escape(after)}"
 
 
 def _open(directory: Path) -> Dump:
@@ -292,10 +294,10 @@ def _tokenizer(d: Dump) -> Any:
     name = d.plan["tokens"].get("tokenizer") or d.plan["model"].get("name")
     if not name:
         return None
-    try:
-        from transformers import AutoTokenizer
+    from .dump.arguments import tokenizer_of
 
-        return AutoTokenizer.from_pretrained(name)
+    try:
+        return tokenizer_of(name)
     except (ImportError, OSError, ValueError):
         return None
 

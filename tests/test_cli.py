@@ -144,7 +144,7 @@ def test_top_marks_the_firing_token(run: Run, work: Path) -> None:
     assert hook in lines[0] and len(lines) == 4
     for line, (token, value) in zip(lines[1:], d[hook].top_tokens(5, k=3), strict=True):
         firing = tokenizer.decode([int(d.token_ids[token])])
-        assert f"{value:.4g}" in line and f"«{firing.strip() or firing}»".replace("\n", "⏎") in line
+        assert f"{value:.4g}" in line and f"«{firing.lstrip() or firing}»".replace("\n", "⏎") in line
 
 
 def test_latents_of_saes(run: Run, work: Path) -> None:

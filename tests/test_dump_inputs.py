@@ -46,6 +46,16 @@ def read(source, directory):
     return read_tokens(source, directory, load_tokenizer=pytest.fail)
 
 
+@pytest.mark.parametrize("name", ["OPT", "Bert", "Gemma2", "T5"])
+def test_a_directory_without_a_tokenizer(name, tmp_path):
+    """transformers makes one of nothing: OPT's finds no token in any text, BERT's finds [UNK] everywhere."""
+    import transformers
+
+    getattr(transformers, f"{name}Config")().save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="no tokenizer in .*model"):
+        arguments.tokenizer_of(str(tmp_path / "model"))
+
+
 def write(kind, path, ids):
     """Writes the documents as a file of a kind; returns what to give as tokens."""
     import datasets
