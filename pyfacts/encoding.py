@@ -103,7 +103,7 @@ class EncodedActivations:
 
     def __repr__(self) -> str:
         dense_bytes = self.shape.numel() * self.dtype.itemsize
-        ratio = f", {dense_bytes / self.nbytes:.1f}x smaller than dense" if self.nbytes else ""
+        ratio = f", {self.nbytes / dense_bytes:.1%} of dense" if dense_bytes else ""
         dropped = f", dropped_share={self.dropped_share:.2%}" if self.sq_norm is not None else ""
         return (
             f"EncodedActivations(shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}', "

@@ -159,7 +159,7 @@ class TestDisk:
 
     def test_out_is_a_file(self, tmp_path):
         (tmp_path / "out").write_text("not a directory")
-        with pytest.raises(DumpError, match="out"):
+        with pytest.raises(DumpError, match="out: is a file"):
             resume(tmp_path / "out")
 
 

@@ -70,6 +70,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def made_directory(root: Path) -> Iterator[None]:
     """Makes the directory; removes it again if the body fails with nothing in it."""
     made = not root.exists()
+    if not (made or root.is_dir()):
+        raise DumpError("is a file, and a dump is a directory: give another name", path=root)
     with disk_errors(root):
         root.mkdir(parents=True, exist_ok=True)
     try:
