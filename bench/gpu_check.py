@@ -62,7 +62,7 @@ def main() -> int:
     check = Check()
     if build(check):
         # From tests/, so that the installed package is imported and not the source tree.
-        pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_cuda.py"]
+        pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_cuda.py", "test_cuda_ops.py"]
         cuda = {"PYFACTS_REQUIRE_CUDA": "1"}
         check.run("tests", [*pytest, "-x", "--durations=3", "-k", "not the_fused and not cpu]"], 150, **cuda)
         # By itself: should a barrier hang, the rest goes on without it.

@@ -1,156 +1,267 @@
-"""The CUDA side: the ops that pyfacts.cuda builds from others, on the CPU and on a GPU; and the kernels on a GPU.
+"""The kernels on a GPU, against the CPU's bits; and what only a GPU shows: streams, waiting, autocast, compilation."""
 
-On the CPU the ops of the device form are those of tests/device_form.py. Numbers are small and whole where bits are
-compared: every order of summation then gives the same.
-"""
-
-from collections.abc import Callable
-from typing import Any
-
-import device_form
 import numpy as np
 import pytest
 import tiny_models
 import torch
 from conftest import DTYPES, needs_cuda, sparse
 from reference import BITS, assert_same_bits, decoded, from_bits
-from test_linear import largest, normal_operands, operands, whole_numbers
+from test_cuda_ops import assert_encodes, assert_same_planes
+from test_linear import normal_operands, operands, whole_numbers
 from torch import Tensor
 from torch.nn.functional import linear
 
 import pyfacts
 from pyfacts import cuda, drain, ops
 
-OPS = torch.ops.pyfacts
-DEVICES = ["cpu", pytest.param("cuda", marks=needs_cuda)]
-
-on_each_device = pytest.mark.parametrize("device", DEVICES)
 of_each_dtype = pytest.mark.parametrize("dtype", DTYPES)
+pytestmark = needs_cuda
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _device_form_on_the_cpu() -> None:
-    device_form.register()
+def on_gpu(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(tensor.cuda() for tensor in tensors)
 
 
-@pytest.fixture
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of 128 tokens, pieces of 256 or so, and products of 128: everything is joined."""
-    monkeypatch.setattr(cuda, "CHUNK_BYTES", 1)
-    monkeypatch.setattr(cuda, "ARENA_BYTES", 1 << 18)
-    monkeypatch.setattr(cuda, "DENSE_BYTES", 1)
+def assert_like_the_cpu(x: Tensor, min_abs: float = 0.0, signed_zero: bool = False) -> None:
+    """x is on the GPU: its planes are those of the CPU, and decode to the same bits."""
+    expected = ops.encode(x.cpu(), min_abs, signed_zero)
+    planes = ops.encode(x, min_abs, signed_zero)
+    assert_same_planes(planes, expected)
+    dense = ops.decode(planes, x.shape[1], signed_zero)
+    assert_same_bits(dense.cpu(), decoded(x.cpu(), min_abs, signed_zero))
 
 
-def kernel(device: str, name: str) -> Callable[..., Any]:
-    """What an op runs for CUDA tensors."""
-    return getattr(cuda if device == "cpu" else OPS, name)
-
-
-def assert_same_planes(actual: ops.Planes, expected: ops.Planes) -> None:
-    for ours, theirs in zip(actual, expected, strict=True):
-        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
-        assert torch.equal(ours.cpu().contiguous().view(torch.uint8), theirs.view(torch.uint8))
-
-
-def assert_encodes(planes: ops.Planes, expected: Tensor) -> None:
-    """The planes that the CPU makes of the expected matrix."""
-    assert_same_planes(planes, ops.encode(expected.cpu(), 0.0, False))
-
-
-# ---- the device form -------------------------------------------------------------------------------------------------
-
-
-@on_each_device
 @of_each_dtype
-@pytest.mark.parametrize("shape", [(0, 300), (5, 0), (1, 1), (16, 256), (17, 257), (129, 700), (300, 30)], ids=str)
-def test_a_matrix_in_parts(device: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
-    """Parts of 32 tokens by 2 columns, in any order."""
-    x = sparse(*shape, 0.2, dtype)
-    x[::7] = sparse(*shape, 1.0, dtype, seed=1)[::7]  # segments of 255 and of 256
-    arena = ops.empty_arena(x.to(device), *shape)
-    for token in range(0, shape[0], 32)[::-1]:
-        for column in range(0, arena.counts.shape[0], 2):
-            part = x[token : token + 32, 256 * column : 256 * column + 512].to(device)
-            ops.encode_out(part, arena, first_token=token, first_column=column)
-    assert_encodes(ops.canonicalise(arena), x)
-
-    index, values, tile_ptr = (plane.to(device) for plane in ops.encode(x, 0.0, False)[1:])
-    out = [plane.new_full((plane.shape[0] + 3, *plane.shape[1:]), 77) for plane in (index, values)]
-    sizes = torch.empty(2, dtype=torch.int64, device=device)
-    ops.canonicalise_out(arena, *out, torch.empty_like(tile_ptr), sizes)
-    assert sizes.tolist() == [len(index), len(values)]
-    for plane, expected in zip(out, (index, values), strict=True):
-        assert torch.equal(plane[:-3], expected) and bool((plane[-3:] == 77).all())
+@pytest.mark.parametrize("n_features", [0, 1, 9, 255, 256, 257, 700])
+def test_encode_and_decode_give_the_cpus_bits(dtype: torch.dtype, n_features: int) -> None:
+    for n_tokens in (0, 1, 15, 17, 127, 129, 300):
+        for density in (0.02, 0.13, 0.6, 1.0):
+            assert_like_the_cpu(sparse(n_tokens, n_features, density, dtype, seed=n_tokens).cuda())
 
 
-@on_each_device
-def test_what_does_not_fit_is_counted_and_refused(device: str) -> None:
-    x = sparse(100, 300, 0.5, torch.bfloat16).to(device)
-    arena = ops.empty_arena(x, *x.shape)
-    small = ops.Arena(arena.counts, arena.index, arena.values[:4096], arena.group_ptr, arena.cursor, 300)
-    ops.encode_out(x, small)
-    assert (small.cursor.item() >> 32) * 16 > 8192
-    with pytest.raises(RuntimeError, match="did not fit its buffers"):
-        ops.canonicalise(small)
-    sizes = torch.zeros(2, dtype=torch.int64, device=device)
-    _, index, values, tile_ptr = (plane.to(device) for plane in ops.encode(x.cpu(), 0.0, False))
-    ops.canonicalise_out(small, index, values, tile_ptr, sizes)
-    assert sizes.tolist() == [-1, -1]
-
-    arena.cursor.zero_()
-    ops.encode_out(x, arena)
-    short = torch.full_like(values[1:], 77)
-    ops.canonicalise_out(arena, index, short, tile_ptr, sizes)
-    assert sizes.tolist() == [len(index), len(values)]
-    assert bool((short == 77).all())
-
-
-def test_opcheck_of_the_device_form() -> None:
-    x = sparse(40, 300, 0.2, torch.bfloat16)
-    arena = ops.empty_arena(x, *x.shape)
-    ops.encode_out(x, arena)
-    _, index, values, tile_ptr = ops.encode(x, 0.0, False)
-    sizes = torch.empty(2, dtype=torch.int64)
-    torch.library.opcheck(OPS.encode_out.default, (x, 0.0, False, 0, 0, 300, *arena.buffers))
-    arena.cursor.zero_()
-    ops.encode_out(x, arena)
-    torch.library.opcheck(OPS.canonicalise.default, (*arena.buffers, 300))
-    torch.library.opcheck(OPS.canonicalise_out.default, (*arena.buffers, 300, index, values, tile_ptr, sizes))
-
-
-# ---- encoders that compute what they encode --------------------------------------------------------------------------
-
-SHAPES = [(0, 8, 300), (1, 1, 1), (3, 0, 5), (130, 16, 700), (700, 4, 300), (257, 8, 1000)]
-some_shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
-
-
-@on_each_device
 @of_each_dtype
-@some_shapes
-@pytest.mark.parametrize("return_dense", [True, False])
-@pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.usefixtures("small_pieces")
-def test_linear_relu_encode(
-    device: str, dtype: torch.dtype, shape: tuple[int, int, int], return_dense: bool, with_bias: bool
-) -> None:
-    x, weight, bias = operands(shape, dtype)
-    z = linear(x, weight, bias if with_bias else None)
-    threshold = whole_numbers(shape[2], dtype=dtype, seed=3)  # above, below and at zero
-    given = [t.to(device) for t in (x, weight, bias, threshold)]
-    if not with_bias:
-        given[2] = None
-    for activation, expected in (
-        ("relu", z.relu()),
-        ("relu2", z.relu().square()),
-        ("jumprelu", torch.where(z > threshold, z.relu(), 0)),
+def test_every_count_of_a_segment(dtype: torch.dtype) -> None:
+    x = torch.zeros(257, 256, dtype=dtype)
+    shuffle = torch.randperm(256, generator=torch.Generator().manual_seed(0))
+    for n in range(257):
+        x[n, shuffle[:n]] = 1 + torch.arange(n).to(dtype)
+    assert_like_the_cpu(x.cuda())
+
+
+@of_each_dtype
+@pytest.mark.parametrize("signed_zero", [False, True])
+@pytest.mark.parametrize("min_abs", [0.0, 1e-40, 0.3, 65519.0, 1e300, float("inf")])
+def test_special_values_and_thresholds(dtype: torch.dtype, signed_zero: bool, min_abs: float) -> None:
+    """Arbitrary bits and zeros of both signs: NaNs, infinities, subnormals."""
+    random = np.random.default_rng(0)
+    n_bits = 8 * BITS[dtype]().nbytes
+    pattern = random.integers(0, 1 << n_bits, (40, 300), BITS[dtype])
+    pattern[random.random(pattern.shape) < 0.3] = 0
+    pattern[random.random(pattern.shape) < 0.3] = 1 << (n_bits - 1)
+    assert_like_the_cpu(from_bits(pattern, dtype).cuda(), min_abs, signed_zero)
+
+
+def test_rows_of_any_stride_and_alignment() -> None:
+    base = sparse(140, 300, 0.1, torch.bfloat16).cuda()
+    for x in (base[:, 3:290], base[1::2], base.T, base[:1].expand(5, 300), base[:, ::3]):
+        assert_like_the_cpu(x)
+    out = torch.full((140, 400), 7.0, dtype=torch.bfloat16, device="cuda")
+    pyfacts.encode(base).to_dense(out=out[:, 50:350])
+    assert torch.equal(out[:, 50:350], base) and bool((out[:, :50] == 7).all() and (out[:, 350:] == 7).all())
+
+
+def test_a_matrix_of_many_groups() -> None:
+    """More blocks than a GPU runs at a time."""
+    assert_like_the_cpu(sparse(5000, 5000, 0.05, torch.bfloat16).cuda())
+
+
+def test_broken_planes_are_refused() -> None:
+    counts, index, values, tile_ptr = pyfacts.encode(sparse(200, 300, 0.1, torch.float32)).to("cuda").planes
+    index[0] = 255 - index[0]
+    planes = counts, index, values, tile_ptr
+    for read in (
+        lambda: ops.decode(planes, 300, False),
+        lambda: ops.to_csr(planes, 300),
+        lambda: ops.sparse_linear(planes, torch.ones(300, 4, device="cuda"), None),
     ):
-        theta = given[3] if activation == "jumprelu" else None
-        h, *planes = kernel(device, "linear_relu_encode")(*given[:3], activation, theta, return_dense)
-        assert_encodes(tuple(planes), expected)
-        assert_same_bits(h.cpu(), expected + 0.0 if return_dense else expected[:0])
+        with pytest.raises(RuntimeError, match="not a valid encoding: "):
+            read()
 
 
-@needs_cuda
+def test_packing_waits_for_nothing() -> None:
+    """The GPU is kept busy: it cannot have begun when the calls return."""
+    x = sparse(300, 700, 0.1, torch.bfloat16).cuda()
+    arena = ops.empty_arena(x, *x.shape)
+    _, index, values, tile_ptr = ops.encode(x, 0.0, False)
+    sizes = torch.empty(2, dtype=torch.int64, device="cuda")
+
+    def run() -> None:
+        arena.cursor.zero_()
+        ops.encode_out(x, arena)
+        ops.canonicalise_out(arena, index, values, tile_ptr, sizes)
+
+    run()  # loads the kernels
+    torch.cuda.synchronize()
+    torch.cuda._sleep(1 << 30)
+    run()
+    assert not torch.cuda.current_stream().query()
+    assert sizes.tolist() == [len(index), len(values)]
+
+
+def test_a_drain_waits_for_the_oldest_alone() -> None:
+    x = [sparse(300, 700, density, torch.bfloat16).cuda() for density in (0.0, 0.1, 1.0, 0.3, 0.2)]
+    for _ in range(2):  # the second time kernels are loaded and pinned memory is there
+        torch.cuda.synchronize()
+        torch.cuda._sleep(1 << 30)
+        queue = drain.Drain()
+        draining = [queue.encode(part) for part in x[: drain.DEPTH]]
+        waited = torch.cuda.current_stream().query()
+        draining += [queue.encode(part) for part in x[drain.DEPTH :]]
+        rows = queue.move(x[0].clone())
+        for of_it in draining:
+            of_it.finish()
+    assert not waited
+    for part, of_it in zip(x, draining, strict=True):
+        assert of_it.finish().device.type == "cpu" and not of_it.finish().values.is_pinned()
+        assert_encodes(of_it.finish().planes, part)
+    assert torch.equal(rows.finish(), x[0].cpu())
+
+
+def test_another_stream_is_honoured() -> None:
+    x = sparse(300, 700, 0.1, torch.bfloat16).cuda()
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(1 << 28)
+        late = x * 2
+        planes = ops.encode(late, 0.0, False)
+        assert_encodes(planes, x.cpu() * 2)
+
+
+@of_each_dtype
+def test_as_accurate_as_torch(dtype: torch.dtype) -> None:
+    x, weight, bias = (operand.to(dtype) for operand in normal_operands(2100, 96, 1500))
+    exact = torch.relu(linear(x.double(), weight.double(), bias.double()))
+    given = on_gpu(x, weight, bias)
+    error = (pyfacts.linear_relu_encode(*given).to_dense().cpu().double() - exact).abs().max()
+    assert error <= 2 * (torch.relu(linear(*given)).cpu().double() - exact).abs().max()
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu2", "jumprelu"])
+def test_gradients(activation: str) -> None:
+    x, weight, bias = on_gpu(*normal_operands(300, 16, 700))
+    threshold = torch.rand(700, device="cuda") if activation == "jumprelu" else None
+    leaves = [[t.clone().requires_grad_() for t in (x, weight, bias)] for _ in range(2)]
+    h, enc = pyfacts.linear_relu_encode(*leaves[0], activation, return_dense=True, threshold=threshold)
+    z = linear(*leaves[1])
+    plain = z.relu() if threshold is None else torch.where(z > threshold, z.relu(), 0)
+    plain = plain.square() if activation == "relu2" else plain
+    assert_same_bits(enc.to_dense().cpu(), h.detach().cpu())
+    for ours, theirs in zip(
+        torch.autograd.grad(h.square().sum(), leaves[0]),
+        torch.autograd.grad(plain.square().sum(), leaves[1]),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+@of_each_dtype
+@pytest.mark.parametrize("shape", [(1, 1, 1), (130, 300, 7), (300, 513, 1040), (0, 300, 5), (5, 0, 5), (130, 300, 0)])
+@pytest.mark.parametrize("density", [0.02, 0.6])
+def test_sparse_linear_and_to_csr_give_the_cpus_bits(
+    dtype: torch.dtype, shape: tuple[int, int, int], density: float
+) -> None:
+    n_tokens, n_features, d_out = shape
+    enc = pyfacts.encode(sparse(n_tokens, n_features, density, dtype))
+    weight, bias = torch.randn(n_features, d_out).to(dtype), torch.randn(d_out).to(dtype)
+    on_the_gpu = enc.to("cuda")
+    for b in (bias, None):
+        ours = pyfacts.sparse_linear(on_the_gpu, weight.cuda(), None if b is None else b.cuda())
+        assert_same_bits(ours.cpu(), pyfacts.sparse_linear(enc, weight, b))
+    strided = pyfacts.sparse_linear(on_the_gpu, weight.T.contiguous().cuda().T)
+    assert_same_bits(strided.cpu(), pyfacts.sparse_linear(enc, weight))
+    for ours, theirs in zip(ops.to_csr(on_the_gpu.planes, n_features), ops.to_csr(enc.planes, n_features), strict=True):
+        assert torch.equal(ours.cpu(), theirs)
+
+
+def test_gradients_of_sparse_linear() -> None:
+    h, (weight, bias) = sparse(300, 700, 0.1, torch.float32).cuda(), on_gpu(torch.randn(700, 20), torch.randn(20))
+    leaves = [[t.clone().requires_grad_() for t in (weight, bias)] for _ in range(2)]
+    outs = pyfacts.sparse_linear(pyfacts.encode(h), *leaves[0]), h @ leaves[1][0] + leaves[1][1]
+    torch.testing.assert_close(*outs, rtol=1e-3, atol=1e-3)
+    for ours, theirs in zip(
+        *(torch.autograd.grad(out.square().sum(), own) for out, own in zip(outs, leaves, strict=True)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-2)
+
+
+def test_autocast_decides_the_dtype() -> None:
+    x, weight, bias = on_gpu(*operands((20, 8, 300), torch.float32))
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        enc = pyfacts.linear_relu_encode(x, weight, bias)
+        assert pyfacts.linear_topk_encode(x, weight, bias, 3).dtype == torch.bfloat16
+        out = pyfacts.sparse_linear(pyfacts.encode(x), torch.ones(8, 4, device="cuda"))
+    assert_encodes(enc.planes, linear(x, weight, bias).relu().bfloat16())
+    assert out.dtype == torch.float32
+
+
+def test_a_wide_encoder_stays_far_below_its_dense_size() -> None:
+    """8,192 tokens by 131,072 latents would be 2.1 GB."""
+    x = torch.randn(8192, 64, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(131072, 64, device="cuda", dtype=torch.bfloat16) / 8
+    bias = torch.full((131072,), -3.1, device="cuda", dtype=torch.bfloat16)  # about 0.1 % of a normal is above
+    pyfacts.linear_relu_encode(x[:128], weight, bias)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    enc = pyfacts.linear_relu_encode(x, weight, bias)
+    assert 0 < enc.density < 0.002
+    assert torch.cuda.max_memory_allocated() - before < 0.1 * enc.shape.numel() * 2
+
+
+def test_compiles_into_one_graph() -> None:
+    @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
+    def round_trip(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        enc = pyfacts.linear_relu_encode(x, weight)
+        return enc.to_dense(), pyfacts.sparse_linear(enc, weight)
+
+    weight = whole_numbers(600, 16, dtype=torch.float32).cuda()
+    for n_tokens in (3, 200):
+        x = whole_numbers(n_tokens, 16, dtype=torch.float32).cuda()
+        dense, out = round_trip(x, weight)
+        assert torch.equal(dense, torch.relu(x @ weight.T)) and torch.equal(out, dense @ weight)
+
+
+@pytest.mark.filterwarnings("ignore:the captured neurons are")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_capture_gives_what_hooks_see(dtype: torch.dtype) -> None:
+    model = tiny_models.opt().to("cuda", dtype)
+    calls = [tiny_models.tokens(2, 7, 0).cuda(), tiny_models.tokens(3, 4, 1).cuda()]
+    seen: list[Tensor] = []
+    hook = model.model.decoder.layers[1].fc2.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    with torch.no_grad():
+        alone = [model(ids).logits for ids in calls]
+        hook.remove()
+        with pyfacts.capture(model) as cache:
+            captured = [model(ids).logits for ids in calls]
+    for a, b in zip(alone, captured, strict=True):
+        assert torch.equal(a, b)
+    enc = cache["blocks.1.mlp.hook_post"]
+    expected = torch.cat([x.flatten(0, -2) for x in seen])
+    assert_same_bits(enc.to_dense().cpu(), expected.cpu() + 0.0)
+    tokens, values = enc.neuron(3)
+    assert torch.equal(expected[:, 3].nonzero().squeeze(1).to(tokens.device), tokens)
+    assert torch.equal(expected[:, 3].to(values.device)[tokens], values)
+
+
+def test_operands_on_two_devices_are_named() -> None:
+    ones = torch.ones(4, 4, device="cuda")
+    with pytest.raises(ValueError, match="weight must be on the device of x, cuda:0, got cpu"):
+        pyfacts.linear_relu_encode(ones, ones.cpu())
+
+
+# ---- the fused kernel ------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "shape", [(1, 8, 8), (17, 64, 256), (129, 768, 264), (1000, 1024, 520), (300, 8, 4096)], ids=str
@@ -181,7 +292,6 @@ def test_the_fused_kernel(dtype: torch.dtype, shape: tuple[int, int, int], retur
                 assert_same_bits(h, expected + 0.0)
 
 
-@needs_cuda
 def test_what_the_fused_kernel_does_not_take_is_left_alone() -> None:
     x, weight = torch.ones(4, 12, device="cuda", dtype=torch.bfloat16), torch.ones(8, 12, device="cuda").bfloat16()
     for a, b in ((x, weight), (x.float()[:, :8], weight.float()[:, :8]), (x[:, 1:9], weight[:, 1:9])):
@@ -195,7 +305,6 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "FUSED", True)
 
 
-@needs_cuda
 @pytest.mark.usefixtures("fused")
 def test_the_fused_way_is_that_of_two_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "ARENA_BYTES", 1 << 18)  # in pieces
@@ -203,417 +312,3 @@ def test_the_fused_way_is_that_of_two_steps(monkeypatch: pytest.MonkeyPatch) -> 
     h, enc = pyfacts.linear_relu_encode(x, weight, bias, return_dense=True)
     assert_same_bits(h, linear(x, weight, bias).relu() + 0.0)
     assert_same_bits(enc.to_dense(), h)
-
-
-@on_each_device
-@of_each_dtype
-@some_shapes
-@pytest.mark.usefixtures("small_pieces")
-def test_gated_relu_encode(device: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
-    x, weight, bias = operands(shape, dtype)
-    up = weight.flip(0)
-    given = [t.to(device) for t in (x, weight, up, bias)]
-    assert_encodes(kernel(device, "gated_relu_encode")(*given, None), linear(x, weight, bias).relu() * linear(x, up))
-
-
-@on_each_device
-@of_each_dtype
-def test_nan_and_infinity_pass_as_in_torch(device: str, dtype: torch.dtype) -> None:
-    x = torch.tensor([[float("inf")], [float("nan")], [1.0], [-0.0]], dtype=dtype)
-    weight = torch.tensor([[1.0], [-1.0], [0.0], [2.0]], dtype=dtype)
-    z = linear(x, weight)
-    threshold = torch.tensor([0, -1, float("inf"), 1.5], dtype=dtype)
-    for activation, expected in (
-        ("relu", z.relu()),
-        ("relu2", z.relu().square()),
-        ("jumprelu", torch.where((z > threshold) | z.isnan(), z.relu(), 0)),
-    ):
-        theta = threshold.to(device) if activation == "jumprelu" else None
-        h, *planes = kernel(device, "linear_relu_encode")(
-            x.to(device), weight.to(device), None, activation, theta, True
-        )
-        dense = ops.decode(tuple(planes), 4, False)
-        torch.testing.assert_close(dense.cpu(), expected, rtol=0, atol=0, equal_nan=True)
-        assert_same_bits(h.cpu(), dense.cpu())
-
-
-@on_each_device
-@of_each_dtype
-@some_shapes
-@pytest.mark.usefixtures("small_pieces")
-def test_topk_is_exact_with_ties(device: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
-    x, weight, bias = operands(shape, dtype)
-    h = linear(x, weight, bias).relu()
-    given = [t.to(device) for t in (x, weight, bias)]
-    for k in {1, min(3, shape[2]), (shape[2] + 1) // 2, shape[2]}:
-        assert_encodes(kernel(device, "linear_topk_encode")(*given, k, False), largest(h, k))
-        over_batch = largest(h.reshape(1, -1), k * len(h)).view_as(h)
-        assert_encodes(kernel(device, "linear_topk_encode")(*given, k, True), over_batch)
-
-
-@on_each_device
-@pytest.mark.usefixtures("small_pieces")
-def test_topk_where_the_order_is_hard(device: str) -> None:
-    """NaNs of both signs before infinity; all equal; the last chunk of the batch holds all that counts."""
-    nan, inf = float("nan"), float("inf")
-    weight = torch.tensor([[1.0], [nan], [inf], [-nan], [2.0]], device=device)
-    for over_batch in (False, True):
-        planes = kernel(device, "linear_topk_encode")(torch.ones(1, 1, device=device), weight, None, 3, over_batch)
-        assert ops.to_csr(tuple(plane.cpu() for plane in planes), 5)[1].tolist() == [1, 2, 3]
-    x = torch.cat([torch.ones(300, 1), torch.full((40, 1), 9.0)])
-    for weight in (torch.ones(500, 1), torch.arange(1, 501.0)[:, None]):
-        h = x @ weight.T
-        expected = largest(h.reshape(1, -1), 2 * len(h)).view_as(h)
-        assert_encodes(kernel(device, "linear_topk_encode")(x.to(device), weight.to(device), None, 2, True), expected)
-
-
-@on_each_device
-@of_each_dtype
-@pytest.mark.parametrize("k", [1, 3, 300])
-def test_topk_of_what_is_there_already(
-    device: str, dtype: torch.dtype, k: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By magnitude; in chunks of two rows."""
-    monkeypatch.setattr(cuda, "KEY_BYTES", 2 * 300 * 8)
-    x = whole_numbers(37, 300, dtype=dtype)
-    x[3, 10:14] = torch.tensor([float("nan"), float("inf"), -float("inf"), -float("nan")])
-    assert_same_planes(kernel(device, "topk_encode")(x.to(device), k), ops.topk_encode(x, k))
-    x = x[4:]
-    torch.testing.assert_close(
-        kernel(device, "row_sq_norm")(x.to(device)).cpu(), ops.row_sq_norm(x), rtol=1e-12, atol=0
-    )
-    with pytest.raises((ValueError, RuntimeError), match="k must be 1 to 300, got 301"):
-        kernel(device, "topk_encode")(x.to(device), 301)
-
-
-@on_each_device
-def test_bad_arguments_of_the_ops_are_refused(device: str) -> None:
-    ones, nan = torch.ones(4, 4, device=device), torch.tensor([1.0, 1.0, float("nan"), 1.0], device=device)
-    encode = kernel(device, "linear_relu_encode")
-    for arguments, message in (
-        (("gelu", None), "unknown activation gelu"),
-        (("jumprelu", None), "takes a threshold"),
-        (("relu", nan), "takes a threshold"),
-        (("jumprelu", nan), "that of feature 2 is"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            encode(ones, ones, None, *arguments, False)
-    with pytest.raises(ValueError, match="k must be 1 to 4, got 5"):
-        kernel(device, "linear_topk_encode")(ones, ones, None, 5, False)
-
-
-# ---- pieces ----------------------------------------------------------------------------------------------------------
-
-
-@on_each_device
-@pytest.mark.parametrize("lengths", [(128, 1), (256, 128, 300), (128, 128)], ids=str)
-@pytest.mark.parametrize("n_features", [1, 300, 512])
-def test_joined_pieces_are_what_cat_makes(device: str, lengths: tuple[int, ...], n_features: int) -> None:
-    x = [sparse(n, n_features, 0.2, torch.float16, seed=n) for n in lengths]
-    pieces = [tuple(plane.to(device) for plane in ops.encode(part, 0.0, False)) for part in x]
-    assert_encodes(cuda.join(pieces), torch.cat(x))
-
-
-@on_each_device
-@of_each_dtype
-def test_the_planes_travel_to_the_cpu_for_these(device: str, dtype: torch.dtype) -> None:
-    x = sparse(140, 300, 0.1, dtype)
-    enc = pyfacts.encode(x)
-    planes = enc.to(device).planes
-    names = ("slice", "cat", "neuron")
-    run = {name: cuda.on_the_cpu(getattr(OPS, name)) if device == "cpu" else getattr(OPS, name) for name in names}
-    assert_same_planes(run["slice"](*planes, 300, 3, 130), enc[3:130].planes)
-    twice = [[plane, plane] for plane in planes]
-    assert_same_planes(run["cat"](*twice, 300), pyfacts.cat([enc, enc]).planes)
-    for ours, theirs in zip(run["neuron"](*planes, 300, 7), enc.neuron(7), strict=True):
-        assert ours.device.type == device and torch.equal(ours.cpu(), theirs)
-
-
-# ---- the gradient of a product with an encoding ----------------------------------------------------------------------
-
-
-@on_each_device
-@of_each_dtype
-@pytest.mark.parametrize("shape", [(1, 1, 1), (130, 300, 7), (300, 513, 40), (0, 300, 5), (5, 0, 5), (130, 300, 0)])
-@pytest.mark.usefixtures("small_pieces")
-def test_sparse_linear_grad_weight(device: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
-    n_tokens, n_features, d_out = shape
-    h = sparse(n_tokens, n_features, 0.1, torch.float32).ceil().to(dtype)
-    grad = whole_numbers(n_tokens, d_out, dtype=dtype)
-    planes = [plane.to(device) for plane in ops.encode(h, 0.0, False)]
-    grad_weight = kernel(device, "sparse_linear_grad_weight")(*planes, n_features, grad.to(device))
-    assert_same_bits(grad_weight.cpu() + 0.0, (h.double().T @ grad.double()).to(dtype) + 0.0)
-
-
-@on_each_device
-@pytest.mark.parametrize("place", [(0, 0, 0), (0, 0, 1), (1, 0, 0), (1, 0, 1)])
-@pytest.mark.parametrize("value", [-(1 << 60), -1, 1 << 60])
-@pytest.mark.usefixtures("small_pieces")
-def test_starts_out_of_bounds_are_an_error(device: str, place: tuple[int, int, int], value: int) -> None:
-    planes = ops.encode(sparse(300, 300, 0.1, torch.float32), 0.0, False)
-    planes[3][place] = value
-    on_device = [plane.to(device) for plane in planes]
-    with pytest.raises(RuntimeError, match="not a valid encoding: the columns' starts"):
-        kernel(device, "sparse_linear_grad_weight")(*on_device, 300, torch.ones(300, 4, device=device))
-
-
-# ---- on a GPU alone --------------------------------------------------------------------------------------------------
-
-
-def on_gpu(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(tensor.cuda() for tensor in tensors)
-
-
-def assert_like_the_cpu(x: Tensor, min_abs: float = 0.0, signed_zero: bool = False) -> None:
-    """x is on the GPU: its planes are those of the CPU, and decode to the same bits."""
-    expected = ops.encode(x.cpu(), min_abs, signed_zero)
-    planes = ops.encode(x, min_abs, signed_zero)
-    assert_same_planes(planes, expected)
-    dense = ops.decode(planes, x.shape[1], signed_zero)
-    assert_same_bits(dense.cpu(), decoded(x.cpu(), min_abs, signed_zero))
-
-
-@needs_cuda
-@of_each_dtype
-@pytest.mark.parametrize("n_features", [0, 1, 9, 255, 256, 257, 700])
-def test_encode_and_decode_give_the_cpus_bits(dtype: torch.dtype, n_features: int) -> None:
-    for n_tokens in (0, 1, 15, 17, 127, 129, 300):
-        for density in (0.02, 0.13, 0.6, 1.0):
-            assert_like_the_cpu(sparse(n_tokens, n_features, density, dtype, seed=n_tokens).cuda())
-
-
-@needs_cuda
-@of_each_dtype
-def test_every_count_of_a_segment(dtype: torch.dtype) -> None:
-    x = torch.zeros(257, 256, dtype=dtype)
-    shuffle = torch.randperm(256, generator=torch.Generator().manual_seed(0))
-    for n in range(257):
-        x[n, shuffle[:n]] = 1 + torch.arange(n).to(dtype)
-    assert_like_the_cpu(x.cuda())
-
-
-@needs_cuda
-@of_each_dtype
-@pytest.mark.parametrize("signed_zero", [False, True])
-@pytest.mark.parametrize("min_abs", [0.0, 1e-40, 0.3, 65519.0, 1e300, float("inf")])
-def test_special_values_and_thresholds(dtype: torch.dtype, signed_zero: bool, min_abs: float) -> None:
-    """Arbitrary bits and zeros of both signs: NaNs, infinities, subnormals."""
-    random = np.random.default_rng(0)
-    n_bits = 8 * BITS[dtype]().nbytes
-    pattern = random.integers(0, 1 << n_bits, (40, 300), BITS[dtype])
-    pattern[random.random(pattern.shape) < 0.3] = 0
-    pattern[random.random(pattern.shape) < 0.3] = 1 << (n_bits - 1)
-    assert_like_the_cpu(from_bits(pattern, dtype).cuda(), min_abs, signed_zero)
-
-
-@needs_cuda
-def test_rows_of_any_stride_and_alignment() -> None:
-    base = sparse(140, 300, 0.1, torch.bfloat16).cuda()
-    for x in (base[:, 3:290], base[1::2], base.T, base[:1].expand(5, 300), base[:, ::3]):
-        assert_like_the_cpu(x)
-    out = torch.full((140, 400), 7.0, dtype=torch.bfloat16, device="cuda")
-    pyfacts.encode(base).to_dense(out=out[:, 50:350])
-    assert torch.equal(out[:, 50:350], base) and bool((out[:, :50] == 7).all() and (out[:, 350:] == 7).all())
-
-
-@needs_cuda
-def test_a_matrix_of_many_groups() -> None:
-    """More blocks than a GPU runs at a time."""
-    assert_like_the_cpu(sparse(5000, 5000, 0.05, torch.bfloat16).cuda())
-
-
-@needs_cuda
-def test_broken_planes_are_refused() -> None:
-    counts, index, values, tile_ptr = pyfacts.encode(sparse(200, 300, 0.1, torch.float32)).to("cuda").planes
-    index[0] = 255 - index[0]
-    planes = counts, index, values, tile_ptr
-    for read in (
-        lambda: ops.decode(planes, 300, False),
-        lambda: ops.to_csr(planes, 300),
-        lambda: ops.sparse_linear(planes, torch.ones(300, 4, device="cuda"), None),
-    ):
-        with pytest.raises(RuntimeError, match="not a valid encoding: "):
-            read()
-
-
-@needs_cuda
-def test_packing_waits_for_nothing() -> None:
-    """The GPU is kept busy: it cannot have begun when the calls return."""
-    x = sparse(300, 700, 0.1, torch.bfloat16).cuda()
-    arena = ops.empty_arena(x, *x.shape)
-    _, index, values, tile_ptr = ops.encode(x, 0.0, False)
-    sizes = torch.empty(2, dtype=torch.int64, device="cuda")
-
-    def run() -> None:
-        arena.cursor.zero_()
-        ops.encode_out(x, arena)
-        ops.canonicalise_out(arena, index, values, tile_ptr, sizes)
-
-    run()  # loads the kernels
-    torch.cuda.synchronize()
-    torch.cuda._sleep(1 << 30)
-    run()
-    assert not torch.cuda.current_stream().query()
-    assert sizes.tolist() == [len(index), len(values)]
-
-
-@needs_cuda
-def test_a_drain_waits_for_the_oldest_alone() -> None:
-    x = [sparse(300, 700, density, torch.bfloat16).cuda() for density in (0.0, 0.1, 1.0, 0.3, 0.2)]
-    for _ in range(2):  # the second time kernels are loaded and pinned memory is there
-        torch.cuda.synchronize()
-        torch.cuda._sleep(1 << 30)
-        queue = drain.Drain()
-        draining = [queue.encode(part) for part in x[: drain.DEPTH]]
-        waited = torch.cuda.current_stream().query()
-        draining += [queue.encode(part) for part in x[drain.DEPTH :]]
-        rows = queue.move(x[0].clone())
-        for of_it in draining:
-            of_it.finish()
-    assert not waited
-    for part, of_it in zip(x, draining, strict=True):
-        assert of_it.finish().device.type == "cpu" and not of_it.finish().values.is_pinned()
-        assert_encodes(of_it.finish().planes, part)
-    assert torch.equal(rows.finish(), x[0].cpu())
-
-
-@needs_cuda
-def test_another_stream_is_honoured() -> None:
-    x = sparse(300, 700, 0.1, torch.bfloat16).cuda()
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(1 << 28)
-        late = x * 2
-        planes = ops.encode(late, 0.0, False)
-        assert_encodes(planes, x.cpu() * 2)
-
-
-@needs_cuda
-@of_each_dtype
-def test_as_accurate_as_torch(dtype: torch.dtype) -> None:
-    x, weight, bias = (operand.to(dtype) for operand in normal_operands(2100, 96, 1500))
-    exact = torch.relu(linear(x.double(), weight.double(), bias.double()))
-    given = on_gpu(x, weight, bias)
-    error = (pyfacts.linear_relu_encode(*given).to_dense().cpu().double() - exact).abs().max()
-    assert error <= 2 * (torch.relu(linear(*given)).cpu().double() - exact).abs().max()
-
-
-@needs_cuda
-@pytest.mark.parametrize("activation", ["relu", "relu2", "jumprelu"])
-def test_gradients(activation: str) -> None:
-    x, weight, bias = on_gpu(*normal_operands(300, 16, 700))
-    threshold = torch.rand(700, device="cuda") if activation == "jumprelu" else None
-    leaves = [[t.clone().requires_grad_() for t in (x, weight, bias)] for _ in range(2)]
-    h, enc = pyfacts.linear_relu_encode(*leaves[0], activation, return_dense=True, threshold=threshold)
-    z = linear(*leaves[1])
-    plain = z.relu() if threshold is None else torch.where(z > threshold, z.relu(), 0)
-    plain = plain.square() if activation == "relu2" else plain
-    assert_same_bits(enc.to_dense().cpu(), h.detach().cpu())
-    for ours, theirs in zip(
-        torch.autograd.grad(h.square().sum(), leaves[0]),
-        torch.autograd.grad(plain.square().sum(), leaves[1]),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
-
-
-@needs_cuda
-@of_each_dtype
-@pytest.mark.parametrize("shape", [(1, 1, 1), (130, 300, 7), (300, 513, 1040), (0, 300, 5), (5, 0, 5), (130, 300, 0)])
-@pytest.mark.parametrize("density", [0.02, 0.6])
-def test_sparse_linear_and_to_csr_give_the_cpus_bits(
-    dtype: torch.dtype, shape: tuple[int, int, int], density: float
-) -> None:
-    n_tokens, n_features, d_out = shape
-    enc = pyfacts.encode(sparse(n_tokens, n_features, density, dtype))
-    weight, bias = torch.randn(n_features, d_out).to(dtype), torch.randn(d_out).to(dtype)
-    on_the_gpu = enc.to("cuda")
-    for b in (bias, None):
-        ours = pyfacts.sparse_linear(on_the_gpu, weight.cuda(), None if b is None else b.cuda())
-        assert_same_bits(ours.cpu(), pyfacts.sparse_linear(enc, weight, b))
-    strided = pyfacts.sparse_linear(on_the_gpu, weight.T.contiguous().cuda().T)
-    assert_same_bits(strided.cpu(), pyfacts.sparse_linear(enc, weight))
-    for ours, theirs in zip(ops.to_csr(on_the_gpu.planes, n_features), ops.to_csr(enc.planes, n_features), strict=True):
-        assert torch.equal(ours.cpu(), theirs)
-
-
-@needs_cuda
-def test_gradients_of_sparse_linear() -> None:
-    h, (weight, bias) = sparse(300, 700, 0.1, torch.float32).cuda(), on_gpu(torch.randn(700, 20), torch.randn(20))
-    leaves = [[t.clone().requires_grad_() for t in (weight, bias)] for _ in range(2)]
-    outs = pyfacts.sparse_linear(pyfacts.encode(h), *leaves[0]), h @ leaves[1][0] + leaves[1][1]
-    torch.testing.assert_close(*outs, rtol=1e-3, atol=1e-3)
-    for ours, theirs in zip(
-        *(torch.autograd.grad(out.square().sum(), own) for out, own in zip(outs, leaves, strict=True)), strict=True
-    ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-2)
-
-
-@needs_cuda
-def test_autocast_decides_the_dtype() -> None:
-    x, weight, bias = on_gpu(*operands((20, 8, 300), torch.float32))
-    with torch.autocast("cuda", dtype=torch.bfloat16):
-        enc = pyfacts.linear_relu_encode(x, weight, bias)
-        assert pyfacts.linear_topk_encode(x, weight, bias, 3).dtype == torch.bfloat16
-        out = pyfacts.sparse_linear(pyfacts.encode(x), torch.ones(8, 4, device="cuda"))
-    assert_encodes(enc.planes, linear(x, weight, bias).relu().bfloat16())
-    assert out.dtype == torch.float32
-
-
-@needs_cuda
-def test_a_wide_encoder_stays_far_below_its_dense_size() -> None:
-    """8,192 tokens by 131,072 latents would be 2.1 GB."""
-    x = torch.randn(8192, 64, device="cuda", dtype=torch.bfloat16)
-    weight = torch.randn(131072, 64, device="cuda", dtype=torch.bfloat16) / 8
-    bias = torch.full((131072,), -3.1, device="cuda", dtype=torch.bfloat16)  # about 0.1 % of a normal is above
-    pyfacts.linear_relu_encode(x[:128], weight, bias)
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    enc = pyfacts.linear_relu_encode(x, weight, bias)
-    assert 0 < enc.density < 0.002
-    assert torch.cuda.max_memory_allocated() - before < 0.1 * enc.shape.numel() * 2
-
-
-@needs_cuda
-def test_compiles_into_one_graph() -> None:
-    @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
-    def round_trip(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        enc = pyfacts.linear_relu_encode(x, weight)
-        return enc.to_dense(), pyfacts.sparse_linear(enc, weight)
-
-    weight = whole_numbers(600, 16, dtype=torch.float32).cuda()
-    for n_tokens in (3, 200):
-        x = whole_numbers(n_tokens, 16, dtype=torch.float32).cuda()
-        dense, out = round_trip(x, weight)
-        assert torch.equal(dense, torch.relu(x @ weight.T)) and torch.equal(out, dense @ weight)
-
-
-@needs_cuda
-@pytest.mark.filterwarnings("ignore:the captured neurons are")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_capture_gives_what_hooks_see(dtype: torch.dtype) -> None:
-    model = tiny_models.opt().to("cuda", dtype)
-    calls = [tiny_models.tokens(2, 7, 0).cuda(), tiny_models.tokens(3, 4, 1).cuda()]
-    seen: list[Tensor] = []
-    hook = model.model.decoder.layers[1].fc2.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
-    with torch.no_grad():
-        alone = [model(ids).logits for ids in calls]
-        hook.remove()
-        with pyfacts.capture(model) as cache:
-            captured = [model(ids).logits for ids in calls]
-    for a, b in zip(alone, captured, strict=True):
-        assert torch.equal(a, b)
-    enc = cache["blocks.1.mlp.hook_post"]
-    expected = torch.cat([x.flatten(0, -2) for x in seen])
-    assert_same_bits(enc.to_dense().cpu(), expected.cpu() + 0.0)
-    tokens, values = enc.neuron(3)
-    assert torch.equal(expected[:, 3].nonzero().squeeze(1).to(tokens.device), tokens)
-    assert torch.equal(expected[:, 3].to(values.device)[tokens], values)
-
-
-@needs_cuda
-def test_operands_on_two_devices_are_named() -> None:
-    ones = torch.ones(4, 4, device="cuda")
-    with pytest.raises(ValueError, match="weight must be on the device of x, cuda:0, got cpu"):
-        pyfacts.linear_relu_encode(ones, ones.cpu())
