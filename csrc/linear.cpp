@@ -11,75 +11,10 @@
 #include <vector>
 
 #include "cpu/topk.h"
-#include "product.h"
+#include "screen.h"
 
 namespace pyfacts {
 namespace {
-
-using torch::stable::narrow;
-using torch::stable::new_empty;
-
-// 4,096 tokens are enough to be worth reordering the weight for. Of fewer tokens a block takes more features: narrow
-// products are slower, by 10 % at 256 features.
-constexpr int64_t kBlockTokens = 4096;
-constexpr int64_t kBlockElementsOfThread = 1 << 20;
-constexpr int64_t kMaxBlockElements = 1 << 22;  // 16 MiB of float32; glibc keeps up to 32 MiB for the next block
-
-int64_t block_features(int64_t n_tokens) {
-  const int64_t n_threads = torch::stable::get_num_threads();
-  const int64_t elements = std::min(kBlockElementsOfThread * n_threads, kMaxBlockElements);
-  const int64_t columns = elements / std::clamp<int64_t>(n_tokens, 1, kBlockTokens) / kColumnWidth;
-  return std::max<int64_t>(columns, 1) * kColumnWidth;
-}
-
-// Part of the result: tokens by features.
-struct Block {
-  int64_t first_token;
-  int64_t n_tokens;
-  int64_t first_feature;
-  int64_t n_features;
-};
-
-// body(block) for all blocks: a row of blocks after the other, each from left to right.
-template <typename Body>
-void for_blocks(int64_t n_tokens, int64_t n_features, Body body) {
-  const int64_t step = block_features(n_tokens);
-  for (int64_t token = 0; token < n_tokens; token += kBlockTokens) {
-    for (int64_t feature = 0; feature < n_features; feature += step) {
-      body(Block{token, std::min(kBlockTokens, n_tokens - token), feature, std::min(step, n_features - feature)});
-    }
-  }
-}
-
-// A linear layer that is computed in blocks.
-class Linear {
- public:
-  Linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias)
-      : x_(x), weight_(weight), bias_(bias) {
-    check_matrix(x, "x");
-    check_matrix(weight, "weight");
-    STD_TORCH_CHECK(x.scalar_type() == weight.scalar_type(), "x and weight must have one dtype");
-  }
-
-  int64_t n_tokens() const { return x_.size(0); }
-  int64_t n_features() const { return weight_.size(0); }
-
-  Tensor operator()(const Block& block) {
-    std::optional<Tensor> bias;
-    if (bias_) bias = narrow(*bias_, 0, block.first_feature, block.n_features);
-    return linear(narrow(x_, 0, block.first_token, block.n_tokens),
-                  narrow(weight_, 0, block.first_feature, block.n_features), bias);
-  }
-
- private:
-  Tensor x_;
-  Tensor weight_;
-  std::optional<Tensor> bias_;
-};
-
-cpu::Dense dense_of(const Tensor& block) {
-  return {dtype_of(block), block.const_data_ptr(), block.stride(0), block.size(0), block.size(1)};
-}
 
 // The thresholds [n_columns * 256] of Keep: zeros, or those given, of which a negative one is as good as zero, since
 // the ReLU comes first.
@@ -117,10 +52,19 @@ Planes encode_blocks(const Linear& linear, const Tensor& like, cpu::Keep keep, C
 }
 
 template <typename Selection>
-Planes encode_selected(Linear& linear, const Tensor& like, Selection selection) {
+Planes encode_selected(const Linear& linear, const Tensor& like, Selection selection) {
+  Screen screen(linear, std::nullopt);
   for_blocks(linear.n_tokens(), linear.n_features(), [&](const Block& block) {
-    const Tensor computed = linear(block);
-    selection.add(dense_of(computed), block.first_token, block.first_feature, run_on_torch_threads);
+    if (!screen.on()) {
+      const Tensor computed = linear(block);
+      selection.add(dense_of(computed), block.first_token, block.first_feature, run_on_torch_threads);
+      return;
+    }
+    const cpu::BoundedBlock bounded = screen.bound(block);
+    for (int64_t first = 0; first < block.n_features; first += kColumnWidth) {
+      const cpu::BoundedBlock part = bounded.part(first, std::min(kColumnWidth, block.n_features - first));
+      screen.computed(selection.add(part, block.first_token, block.first_feature + first, run_on_torch_threads));
+    }
   });
   return pack_rows(selection.finish(), like);
 }
@@ -130,14 +74,15 @@ Planes encode_selected(Linear& linear, const Tensor& like, Selection selection) 
 Planes linear_relu_encode(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                           const std::string& activation, const std::optional<Tensor>& threshold) {
   Linear linear(x, weight, bias);
+  Screen screen(linear, threshold);
   if (activation == "relu2") {
-    return encode_blocks(linear, x, {}, [&](const Block& block) { return square_(relu_(linear(block))); });
+    return encode_blocks(linear, x, {}, [&](const Block& block) { return square_(relu_(screen(block))); });
   }
   STD_TORCH_CHECK(activation == "relu" || activation == "jumprelu", "unknown activation ", activation);
   STD_TORCH_CHECK((activation == "jumprelu") == threshold.has_value(), "jumprelu, and it alone, takes a threshold");
   const std::vector<uint8_t> thresholds = make_thresholds(dtype_of(x), linear.n_features(), threshold);
   return encode_blocks(linear, x, cpu::Keep::above(thresholds.data()),
-                       [&](const Block& block) { return linear(block); });
+                       [&](const Block& block) { return screen(block); });
 }
 
 Planes gated_relu_encode(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, const std::optional<Tensor>& b_gate,

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <string>
 
+#include "bounds.h"
 #include "encoding.h"
 
 namespace pyfacts::cpu {
@@ -45,6 +46,14 @@ struct Choice {
 #endif
   }
 
+  const BoundKernels* bound_kernels() const {
+#if defined(__x86_64__)
+    const bool avx512 = chosen == &kKernelsAvx512 || chosen == &kKernelsAvx512Vbmi2;
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) return &kBoundKernelsAvx512Bf16;
+#endif
+    return nullptr;
+  }
+
   void force(const char* name) {
     std::string known;
     for (int i = 0; i < n_available; ++i) {
@@ -66,6 +75,7 @@ Choice& choice() {
 
 }  // namespace
 
+const BoundKernels* bound_kernels() { return choice().bound_kernels(); }
 const Kernels& kernels() { return *choice().chosen; }
 void use_kernels(const Kernels& table) { choice().chosen = &table; }
 const char* isa() { return choice().chosen->name; }

@@ -4,10 +4,12 @@
 #include "topk.h"
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cstring>
 #include <mutex>
 
+#include "../convert.h"
 #include "dispatch.h"
 #include "parallel.h"
 
@@ -26,27 +28,58 @@ uint32_t load(const uint8_t* element, int64_t item) {
   return narrow;
 }
 
-// found(feature, bits) for the elements of a row that rank above the floor, and NaNs; after_segment() behind those of
-// each segment, which may raise the floor.
-template <typename Found, typename AfterSegment>
-void search_row(const Dense& block, int64_t row, int64_t first_feature, const Rank& rank, const uint32_t& floor,
-                Found found, AfterSegment after_segment) {
+// What a selection asks of a block: one bit for each element of a segment that may rank above the floor, and the raw
+// bits of such an element.
+
+void search(const Dense& block, int64_t row, int64_t column, const Rank& rank, uint32_t floor, uint64_t* found) {
   const int64_t item = item_bytes(block.dtype);
-  const auto search = item == 4 ? kernels().search32 : kernels().search16;
+  const auto search_segment = item == 4 ? kernels().search32 : kernels().search16;
   const uint8_t* const x = static_cast<const uint8_t*>(block.data) + row * block.row_stride * item;
-  for (int64_t column = 0; column < n_columns(block.n_features); ++column) {
-    const int64_t start = column * kColumnWidth;
+  search_segment(rank.above(floor, x + column * kColumnWidth * item, column_width(block.n_features, column), found));
+}
+
+uint32_t bits_at(const Dense& block, int64_t row, int64_t feature) {
+  const int64_t item = item_bytes(block.dtype);
+  return load(static_cast<const uint8_t*>(block.data) + (row * block.row_stride + feature) * item, item);
+}
+
+// The bound of a float32 is not below its upper half, to which it may have been rounded.
+void search(const BoundedBlock& block, int64_t row, int64_t column, const Rank&, uint32_t floor, uint64_t* found) {
+  const uint32_t half = floor >> 16;
+  search(block.bounds, row, column, Rank(DType::bfloat16, Order::value), half == 0 ? 0 : half - 1, found);
+}
+
+uint32_t bits_at(const BoundedBlock& block, int64_t row, int64_t feature) {
+  const float x = block.exact(row, feature);
+  return x <= 0 ? 0 : as_bits(x);
+}
+
+int64_t n_features_of(const Dense& block) { return block.n_features; }
+int64_t n_features_of(const BoundedBlock& block) { return block.bounds.n_features; }
+int64_t n_tokens_of(const Dense& block) { return block.n_tokens; }
+int64_t n_tokens_of(const BoundedBlock& block) { return block.bounds.n_tokens; }
+
+// found(feature, bits) for the elements of a row that rank above the floor; after_segment() behind those of each
+// segment, which may raise the floor. How many elements were looked at.
+template <typename Block, typename Found, typename AfterSegment>
+int64_t search_row(const Block& block, int64_t row, int64_t first_feature, const Rank& rank, const uint32_t& floor,
+                   Found found, AfterSegment after_segment) {
+  int64_t n_looked_at = 0;
+  for (int64_t column = 0; column < n_columns(n_features_of(block)); ++column) {
     uint64_t words[4];
-    search(rank.above(floor, x + start * item, column_width(block.n_features, column), words));
+    search(block, row, column, rank, floor, words);
     if ((words[0] | words[1] | words[2] | words[3]) == 0) continue;
     for (int64_t i = 0; i < 4; ++i) {
-      for (uint64_t bits = words[i]; bits != 0; bits &= bits - 1) {
-        const int64_t j = start + 64 * i + std::countr_zero(bits);
-        found(static_cast<uint32_t>(first_feature + j), load(x + j * item, item));
+      n_looked_at += std::popcount(words[i]);
+      for (uint64_t left = words[i]; left != 0; left &= left - 1) {
+        const int64_t j = column * kColumnWidth + 64 * i + std::countr_zero(left);
+        const uint32_t bits = bits_at(block, row, j);
+        if (rank(bits) > floor) found(static_cast<uint32_t>(first_feature + j), bits);
       }
     }
     after_segment();
   }
+  return n_looked_at;
 }
 
 }  // namespace
@@ -74,8 +107,9 @@ void TopK::keep_best(Candidates* candidates) const {
 }
 
 // A later value equal to the floor has a higher feature than all candidates, and loses to them.
-void TopK::scan(const Dense& block, int64_t row, int64_t first_feature, Candidates* candidates) const {
-  search_row(
+template <typename Block>
+int64_t TopK::scan(const Block& block, int64_t row, int64_t first_feature, Candidates* candidates) const {
+  return search_row(
       block, row, first_feature, rank_, candidates->floor,
       [&](uint32_t feature, uint32_t bits) { candidates->entries[candidates->n++] = {feature, bits}; },
       [&] {
@@ -83,17 +117,26 @@ void TopK::scan(const Dense& block, int64_t row, int64_t first_feature, Candidat
       });
 }
 
-void TopK::add(const Dense& block, int64_t, int64_t first_feature, ParallelFor parallel_for) {
+template <typename Block>
+int64_t TopK::add(const Block& block, int64_t, int64_t first_feature, ParallelFor parallel_for) {
+  const int64_t n_tokens = n_tokens_of(block);
   if (first_feature == 0) {
-    entries_.resize(block.n_tokens * capacity_);
-    candidates_.resize(block.n_tokens);
-    for (int64_t row = 0; row < block.n_tokens; ++row) candidates_[row] = {&entries_[row * capacity_], 0, 0};
+    entries_.resize(n_tokens * capacity_);
+    candidates_.resize(n_tokens);
+    for (int64_t row = 0; row < n_tokens; ++row) candidates_[row] = {&entries_[row * capacity_], 0, 0};
   }
-  parallel(block.n_tokens, parallel_for, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) scan(block, row, first_feature, &candidates_[row]);
+  std::atomic<int64_t> n_looked_at = 0;
+  parallel(n_tokens, parallel_for, [&](int64_t begin, int64_t end) {
+    int64_t n = 0;
+    for (int64_t row = begin; row < end; ++row) n += scan(block, row, first_feature, &candidates_[row]);
+    n_looked_at += n;
   });
-  if (first_feature + block.n_features == rows_.n_features) finish_rows(parallel_for);
+  if (first_feature + n_features_of(block) == rows_.n_features) finish_rows(parallel_for);
+  return n_looked_at;
 }
+
+template int64_t TopK::add(const Dense&, int64_t, int64_t, ParallelFor);
+template int64_t TopK::add(const BoundedBlock&, int64_t, int64_t, ParallelFor);
 
 void TopK::finish_rows(ParallelFor parallel_for) {
   parallel(static_cast<int64_t>(candidates_.size()), parallel_for, [&](int64_t begin, int64_t end) {
@@ -133,21 +176,29 @@ void BatchTopK::keep_best() {
   candidates_.resize(n_kept_);
 }
 
-void BatchTopK::add(const Dense& block, int64_t first_token, int64_t first_feature, ParallelFor parallel_for) {
-  std::mutex mutex;  // guards candidates_
-  parallel(block.n_tokens, parallel_for, [&](int64_t begin, int64_t end) {
+template <typename Block>
+int64_t BatchTopK::add(const Block& block, int64_t first_token, int64_t first_feature, ParallelFor parallel_for) {
+  std::mutex mutex;  // guards candidates_ and n_looked_at
+  int64_t n_looked_at = 0;
+  parallel(n_tokens_of(block), parallel_for, [&](int64_t begin, int64_t end) {
     std::vector<Candidate> found;
+    int64_t n = 0;
     for (int64_t row = begin; row < end; ++row) {
       const auto token = static_cast<uint32_t>(first_token + row);
-      search_row(
+      n += search_row(
           block, row, first_feature, rank_, floor_,
           [&](uint32_t feature, uint32_t bits) { found.push_back({token, {feature, bits}}); }, [] {});
     }
     std::lock_guard<std::mutex> lock(mutex);
     candidates_.insert(candidates_.end(), found.begin(), found.end());
+    n_looked_at += n;
   });
   if (candidates_.size() > 2 * n_kept_) keep_best();
+  return n_looked_at;
 }
+
+template int64_t BatchTopK::add(const Dense&, int64_t, int64_t, ParallelFor);
+template int64_t BatchTopK::add(const BoundedBlock&, int64_t, int64_t, ParallelFor);
 
 SparseRows BatchTopK::finish() {
   keep_best();

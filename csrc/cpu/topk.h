@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "../predicate.h"
+#include "bounds.h"
 #include "kernels.h"
 #include "sparse_rows.h"
 
@@ -38,7 +39,9 @@ class Rank {
 class TopK {
  public:
   TopK(DType dtype, int64_t n_features, int64_t k, Order order);
-  void add(const Dense& block, int64_t first_token, int64_t first_feature, ParallelFor parallel_for);
+  // Block: Dense or BoundedBlock. Returns how many of its elements were looked at one by one.
+  template <typename Block>
+  int64_t add(const Block& block, int64_t first_token, int64_t first_feature, ParallelFor parallel_for);
   SparseRows finish() { return std::move(rows_); }
 
  private:
@@ -49,7 +52,8 @@ class TopK {
     uint32_t floor;
   };
   void keep_best(Candidates* candidates) const;
-  void scan(const Dense& block, int64_t row, int64_t first_feature, Candidates* candidates) const;
+  template <typename Block>
+  int64_t scan(const Block& block, int64_t row, int64_t first_feature, Candidates* candidates) const;
   void finish_rows(ParallelFor parallel_for);
 
   Rank rank_;
@@ -64,7 +68,8 @@ class TopK {
 class BatchTopK {
  public:
   BatchTopK(DType dtype, int64_t n_tokens, int64_t n_features, int64_t k);
-  void add(const Dense& block, int64_t first_token, int64_t first_feature, ParallelFor parallel_for);
+  template <typename Block>
+  int64_t add(const Block& block, int64_t first_token, int64_t first_feature, ParallelFor parallel_for);
   SparseRows finish();
 
  private:
