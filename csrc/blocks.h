@@ -74,8 +74,4 @@ class Linear {
   std::optional<Tensor> bias_;
 };
 
-inline cpu::Dense dense_of(const Tensor& matrix) {
-  return {dtype_of(matrix), matrix.const_data_ptr(), matrix.stride(0), matrix.size(0), matrix.size(1)};
-}
-
 }  // namespace pyfacts

@@ -19,7 +19,7 @@ using torch::stable::new_empty;
 // x: a matrix with whole rows.
 Planes encode_rows(const Tensor& x, cpu::Keep keep) {
   const int64_t n_tokens = x.size(0), n_features = x.size(1);
-  const cpu::Dense dense = {dtype_of(x), x.const_data_ptr(), x.stride(0), n_tokens, n_features};
+  const cpu::Dense dense = dense_of(x);
   Tensor counts = empty_counts(x, n_tokens, n_features);
   auto* const count_bytes = static_cast<uint8_t*>(counts.mutable_data_ptr());
   if (!cpu::suits_two_passes(dense, keep)) {
@@ -40,7 +40,7 @@ Planes encode_rows(const Tensor& x, cpu::Keep keep) {
 Planes encode(const Tensor& x, double min_abs, bool signed_zero) {
   check_matrix(x, "x");
   STD_TORCH_CHECK(min_abs >= 0, "min_abs must be at least 0, got ", min_abs);
-  return encode_rows(x.size(1) > 1 && x.stride(1) != 1 ? contiguous(x) : x, {min_abs, signed_zero});
+  return encode_rows(whole_rows(x), {min_abs, signed_zero});
 }
 
 void decode_out(const Tensor& counts, const Tensor& index, const Tensor& values, const Tensor& tile_ptr,
@@ -78,18 +78,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_relu_encode_and_dense(
 }
 
 // A dense operand of a product with an encoding, its rows whole.
-Tensor whole_rows(const Tensor& x, const char* name, int64_t n_rows, const Tensor& values) {
+Tensor dense_operand(const Tensor& x, const char* name, int64_t n_rows, const Tensor& values) {
   check_matrix(x, name);
   STD_TORCH_CHECK(x.size(0) == n_rows && x.scalar_type() == values.scalar_type() && x.is_cpu(), name, " must be [",
                   n_rows, ", d_out] of the values' dtype, on the CPU");
-  return x.size(1) > 1 && x.stride(1) != 1 ? contiguous(x) : x;
+  return whole_rows(x);
 }
 
 Tensor sparse_linear(const Tensor& counts, const Tensor& index, const Tensor& values, const Tensor& tile_ptr,
                      const Tensor& weight, const std::optional<Tensor>& bias) {
   check_matrix(weight, "weight");
   const cpu::Encoding encoding = view(counts, index, values, tile_ptr, weight.size(0));
-  const Tensor w = whole_rows(weight, "weight", encoding.n_features, values);
+  const Tensor w = dense_operand(weight, "weight", encoding.n_features, values);
   const int64_t d_out = w.size(1);
   std::optional<Tensor> b;
   if (bias.has_value()) {
@@ -108,7 +108,7 @@ Tensor sparse_linear(const Tensor& counts, const Tensor& index, const Tensor& va
 Tensor sparse_linear_grad_weight(const Tensor& counts, const Tensor& index, const Tensor& values,
                                  const Tensor& tile_ptr, int64_t n_features, const Tensor& grad) {
   const cpu::Encoding encoding = view(counts, index, values, tile_ptr, n_features);
-  const Tensor g = whole_rows(grad, "grad", encoding.n_tokens, values);
+  const Tensor g = dense_operand(grad, "grad", encoding.n_tokens, values);
   Tensor out = new_empty(values, {n_features, g.size(1)}, values.scalar_type());
   check_status(cpu::sparse_linear_grad_weight(encoding, {g.const_data_ptr(), g.stride(0)}, g.size(1),
                                               out.mutable_data_ptr(), run_on_torch_threads));

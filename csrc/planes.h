@@ -32,6 +32,16 @@ inline void check_matrix(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.dim() == 2, name, " must have 2 dimensions, got ", tensor.dim());
 }
 
+// The matrix with the elements of a row side by side.
+inline Tensor whole_rows(const Tensor& matrix) {
+  return matrix.size(1) > 1 && matrix.stride(1) != 1 ? torch::stable::contiguous(matrix) : matrix;
+}
+
+// A matrix with whole rows.
+inline cpu::Dense dense_of(const Tensor& matrix) {
+  return {dtype_of(matrix), matrix.const_data_ptr(), matrix.stride(0), matrix.size(0), matrix.size(1)};
+}
+
 inline void check_plane(const Tensor& plane, const char* name, int64_t dim, ScalarType type, const Tensor& values) {
   STD_TORCH_CHECK(plane.dim() == dim && plane.is_contiguous(), name, " must be contiguous with ", dim,
                   " dimensions, got ", plane.dim());

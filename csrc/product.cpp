@@ -17,14 +17,6 @@ std::optional<bool> ask(const char* op) {
   return torch::stable::detail::to<bool>(answer);
 }
 
-// Whether torch has oneDNN, and that multiplies this dtype on this CPU.
-bool onednn_has(ScalarType type) {
-  static const std::optional<bool> bfloat16 = ask("mkldnn::_is_mkldnn_bf16_supported");
-  static const std::optional<bool> float16 = ask("mkldnn::_is_mkldnn_fp16_supported");
-  return type == ScalarType::Float ? bfloat16.has_value()
-                                   : (type == ScalarType::BFloat16 ? bfloat16 : float16).value_or(false);
-}
-
 constexpr int64_t kReorderFromTokens = 4096;
 constexpr int64_t kTransposeFromTokens = 512;
 
@@ -43,6 +35,13 @@ std::optional<Tensor> onednn_weight(const Tensor& weight, int64_t n_tokens) {
 }
 
 }  // namespace
+
+bool onednn_has(ScalarType type) {
+  static const std::optional<bool> bfloat16 = ask("mkldnn::_is_mkldnn_bf16_supported");
+  static const std::optional<bool> float16 = ask("mkldnn::_is_mkldnn_fp16_supported");
+  if (type == ScalarType::Float) return bfloat16.has_value();  // of a torch with oneDNN
+  return (type == ScalarType::BFloat16 ? bfloat16 : float16).value_or(false);
+}
 
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   const std::optional<Tensor> prepared = onednn_weight(weight, x.size(0));

@@ -8,4 +8,7 @@ namespace pyfacts {
 // x @ weight.T + bias: [n_tokens, n_features].
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias);
 
+// Whether linear multiplies this dtype with oneDNN, which sums in float32.
+bool onednn_has(ScalarType type);
+
 }  // namespace pyfacts

@@ -1,8 +1,7 @@
-// A float32 linear layer that is computed only where it may exceed a threshold: see cpu/bounds.h.
+// A float32 linear layer that is computed only where it may exceed a threshold, and elsewhere bounded: cpu/bounds.h.
 #pragma once
 
 #include <optional>
-#include <vector>
 
 #include "blocks.h"
 #include "cpu/bounds.h"
@@ -14,21 +13,24 @@ class Screen {
   // threshold: [n_features] of x's dtype, or none for zeros.
   Screen(const Linear& linear, const std::optional<Tensor>& threshold);
 
-  // The block with zeros where it does not exceed its feature's threshold, or as a whole.
+  // Whether it pays: not of few tokens or short rows, not without bfloat16 products, and not once it has let a tenth
+  // of what it saw through.
+  bool on() const { return on_; }
+
+  // The block with zeros where it does not exceed its feature's threshold. While the screen is off, the whole block.
   Tensor operator()(const Block& block);
 
-  bool on() const { return on_; }
-  // x @ weight.T + bias - threshold, bounded. The bounds live as long as the next block's are not asked for.
+  // x @ weight.T + bias - threshold, bounded; valid until the next block is asked for. The screen must be on.
   cpu::BoundedBlock bound(const Block& block);
-  // Tells how many elements of a block had to be computed: a screen that holds back too little is taken off.
-  void computed(int64_t n);
+  // Tells how many elements of a bounded block had to be computed.
+  void count_computed(int64_t n);
 
  private:
-  const Linear* linear_;
+  const Linear& linear_;
   std::optional<Tensor> threshold_;
   bool on_;
   int64_t n_computed_ = 0;
-  int64_t left_of_token_ = -1;  // the row of blocks that left_ is of
+  int64_t first_token_ = -1;  // of the row of blocks that x_ and left_ are of
   Tensor x_, left_, weight_, bounds_;
   std::optional<Tensor> bias_;
 };

@@ -10,17 +10,10 @@ namespace {
 
 constexpr int64_t kChunkTokens = 1024;  // whose candidates are in memory at once
 
-// x with its rows whole.
-Tensor whole_rows(const Tensor& x) {
-  check_matrix(x, "x");
-  return x.size(1) > 1 && x.stride(1) != 1 ? torch::stable::contiguous(x) : x;
-}
-
-cpu::Dense dense_of(const Tensor& x) { return {dtype_of(x), x.const_data_ptr(), x.stride(0), x.size(0), x.size(1)}; }
-
 }  // namespace
 
 Planes topk_encode(const Tensor& matrix, int64_t k) {
+  check_matrix(matrix, "x");
   Tensor x = whole_rows(matrix);
   const int64_t n_tokens = x.size(0), n_features = x.size(1);
   STD_TORCH_CHECK(1 <= k && k <= n_features, "k must be 1 to ", n_features, ", got ", k);
@@ -34,6 +27,7 @@ Planes topk_encode(const Tensor& matrix, int64_t k) {
 }
 
 Tensor row_sq_norm(const Tensor& matrix) {
+  check_matrix(matrix, "x");
   const Tensor x = whole_rows(matrix);
   Tensor sq_norms = torch::stable::new_empty(x, {x.size(0)}, ScalarType::Double);
   cpu::row_sq_norms(dense_of(x), static_cast<double*>(sq_norms.mutable_data_ptr()), run_on_torch_threads);

@@ -46,7 +46,9 @@ def linear_relu_encode(
     """Computes act(x @ weight.T + bias) and packs it; an MLP's up-projection or an SAE's encoder.
 
     Without `return_dense` the dense result never exists as a whole: blocks of it are encoded while they are in the
-    cache. Under autocast the operands take autocast's dtype, as `torch.nn.functional.linear` would.
+    cache. Of a sparse float32 result most is not even computed, on CPUs that multiply bfloat16: a product in bfloat16
+    bounds it from above, and what may exceed its threshold is then computed in float32. Under autocast the operands
+    take autocast's dtype, as `torch.nn.functional.linear` would.
 
     Args:
         x: [n_tokens, d_in], float32, bfloat16 or float16.
@@ -119,7 +121,8 @@ def gated_relu_encode(
 def linear_topk_encode(x: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> EncodedActivations:
     """Packs the k largest of relu(x @ weight.T + bias) of every token: the encoder of a TopK SAE.
 
-    The selection runs along with the product, block by block; [n_tokens, n_features] is never built.
+    The selection runs along with the product, block by block; [n_tokens, n_features] is never built. In float32 most
+    of it is only bounded, as in `linear_relu_encode`; what is selected is exact.
 
     Args:
         x: [n_tokens, d_in], float32, bfloat16 or float16.

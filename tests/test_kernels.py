@@ -1,4 +1,4 @@
-"""Builds and runs tests/cpp: every kernel table against a naive twin, VBMI2 under emulation; the bounds of a product."""
+"""Builds and runs tests/cpp: every kernel table against a naive twin, VBMI2 under emulation; bounds of products."""
 
 import platform
 import shutil

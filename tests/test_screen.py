@@ -1,6 +1,6 @@
 """The encoders of float32 where most of the product is only bounded, from 256 tokens and 256 inputs on.
 
-On CPUs without bfloat16 products nothing is bounded, and the same must hold. tests/cpp/bounds_test.cpp tests the bounds.
+On CPUs without bfloat16 products nothing is bounded, and the same holds. tests/cpp/bounds_test.cpp tests the bounds.
 """
 
 import hashlib
@@ -151,7 +151,7 @@ def test_dense_h_and_packed_values_agree() -> None:
     torch.testing.assert_close(h, up(x).relu(), rtol=1e-4, atol=1e-5)
 
 
-# ---- where it is done --------------------------------------------------------------------------------------------------
+# ---- where it is done ------------------------------------------------------------------------------------------------
 
 PLANES = """
 import sys, torch, pyfacts

@@ -14,9 +14,9 @@
 namespace pyfacts::cpu {
 namespace {
 
-constexpr double kMargin = 1.01;       // on the norms: for their own rounding, and for that of the terms they make
-constexpr double kMaxNorm = 1e18;      // of rows whose products stay below float32's infinity
-constexpr double kMinNorm = 0x1p-120;  // bfloat16 arithmetic takes subnormals for zeros
+constexpr double kMargin = 1.01;         // on the norms: for their own rounding, and for that of the terms they make
+constexpr double kMaxNorm = 1e18;        // of rows whose products stay below float32's infinity
+constexpr double kMinNorm = 0x1p-120;    // bfloat16 arithmetic takes subnormals for zeros
 constexpr double kUnderflow = 0x1p-100;  // more than a sum loses to products that are subnormal
 
 // What a sum of n products loses at most to rounding, in either of the two computations, as a share of the sum of their
@@ -75,9 +75,9 @@ void right_factor(const Dense& weight, const float* bias, const float* threshold
 }
 
 float BoundedBlock::exact(int64_t token, int64_t feature) const {
-  const float sum = bound_kernels()->dot(static_cast<const float*>(x.data) + token * x.row_stride,
-                                         static_cast<const float*>(weight.data) + feature * weight.row_stride,
-                                         x.n_features);
+  const float sum =
+      bound_kernels()->dot(static_cast<const float*>(x.data) + token * x.row_stride,
+                           static_cast<const float*>(weight.data) + feature * weight.row_stride, x.n_features);
   return bias != nullptr ? sum + bias[feature] : sum;
 }
 

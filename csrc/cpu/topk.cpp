@@ -54,10 +54,8 @@ uint32_t bits_at(const BoundedBlock& block, int64_t row, int64_t feature) {
   return x <= 0 ? 0 : as_bits(x);
 }
 
-int64_t n_features_of(const Dense& block) { return block.n_features; }
-int64_t n_features_of(const BoundedBlock& block) { return block.bounds.n_features; }
-int64_t n_tokens_of(const Dense& block) { return block.n_tokens; }
-int64_t n_tokens_of(const BoundedBlock& block) { return block.bounds.n_tokens; }
+const Dense& shape_of(const Dense& block) { return block; }
+const Dense& shape_of(const BoundedBlock& block) { return block.bounds; }
 
 // found(feature, bits) for the elements of a row that rank above the floor; after_segment() behind those of each
 // segment, which may raise the floor. How many elements were looked at.
@@ -65,7 +63,7 @@ template <typename Block, typename Found, typename AfterSegment>
 int64_t search_row(const Block& block, int64_t row, int64_t first_feature, const Rank& rank, const uint32_t& floor,
                    Found found, AfterSegment after_segment) {
   int64_t n_looked_at = 0;
-  for (int64_t column = 0; column < n_columns(n_features_of(block)); ++column) {
+  for (int64_t column = 0; column < n_columns(shape_of(block).n_features); ++column) {
     uint64_t words[4];
     search(block, row, column, rank, floor, words);
     if ((words[0] | words[1] | words[2] | words[3]) == 0) continue;
@@ -119,7 +117,7 @@ int64_t TopK::scan(const Block& block, int64_t row, int64_t first_feature, Candi
 
 template <typename Block>
 int64_t TopK::add(const Block& block, int64_t, int64_t first_feature, ParallelFor parallel_for) {
-  const int64_t n_tokens = n_tokens_of(block);
+  const int64_t n_tokens = shape_of(block).n_tokens;
   if (first_feature == 0) {
     entries_.resize(n_tokens * capacity_);
     candidates_.resize(n_tokens);
@@ -131,7 +129,7 @@ int64_t TopK::add(const Block& block, int64_t, int64_t first_feature, ParallelFo
     for (int64_t row = begin; row < end; ++row) n += scan(block, row, first_feature, &candidates_[row]);
     n_looked_at += n;
   });
-  if (first_feature + n_features_of(block) == rows_.n_features) finish_rows(parallel_for);
+  if (first_feature + shape_of(block).n_features == rows_.n_features) finish_rows(parallel_for);
   return n_looked_at;
 }
 
@@ -180,7 +178,7 @@ template <typename Block>
 int64_t BatchTopK::add(const Block& block, int64_t first_token, int64_t first_feature, ParallelFor parallel_for) {
   std::mutex mutex;  // guards candidates_ and n_looked_at
   int64_t n_looked_at = 0;
-  parallel(n_tokens_of(block), parallel_for, [&](int64_t begin, int64_t end) {
+  parallel(shape_of(block).n_tokens, parallel_for, [&](int64_t begin, int64_t end) {
     std::vector<Candidate> found;
     int64_t n = 0;
     for (int64_t row = begin; row < end; ++row) {

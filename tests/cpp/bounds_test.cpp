@@ -1,5 +1,7 @@
 // The bounds of csrc/cpu/bounds.h against products in long double, whatever the order of summation and the rounding;
 // also of rows that overflow, underflow, cancel, or hold what is not a number.
+#include "../../csrc/cpu/bounds.h"
+
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -10,7 +12,6 @@
 #include <vector>
 
 #include "../../csrc/convert.h"
-#include "../../csrc/cpu/bounds.h"
 
 using namespace pyfacts;
 using namespace pyfacts::cpu;
@@ -41,12 +42,12 @@ float rounded(float x) { return Convert<DType::bfloat16>::widen(Convert<DType::b
 
 const std::vector<std::function<float()>> kElements = {
     [] { return normal(); },
-    [] { return rounded(normal()); },                                // only the sums round
-    [] { return std::ldexp(normal(), below(80) - 40); },             // few count
-    [] { return std::ldexp(normal(), -120 - below(30)); },           // subnormals
-    [] { return static_cast<float>(below(2001) - 1000); },           // sums that are exact, and often nothing
+    [] { return rounded(normal()); },                                  // only the sums round
+    [] { return std::ldexp(normal(), below(80) - 40); },               // few count
+    [] { return std::ldexp(normal(), -120 - below(30)); },             // subnormals
+    [] { return static_cast<float>(below(2001) - 1000); },             // sums that are exact, and often nothing
     [] { return below(50) == 0 ? std::ldexp(normal(), 60) : 1e-3f; },  // at the edge of what is bounded
-    [] { return std::ldexp(normal(), 100); },                        // beyond it
+    [] { return std::ldexp(normal(), 100); },                          // beyond it
     any_bits,
 };
 
@@ -151,7 +152,8 @@ void test_equality() {
 void test_tightness() {
   for (int64_t n : {256, 768, 4096}) {
     double sum = 0;
-    for (int round = 0; round < 50; ++round) sum += check(some(n, kElements[0]), some(n, kElements[0]), nullptr, nullptr);
+    for (int round = 0; round < 50; ++round)
+      sum += check(some(n, kElements[0]), some(n, kElements[0]), nullptr, nullptr);
     const double deviations = sum / 50 * std::sqrt(n);
     std::printf("%ld elements: %.3f standard deviations above\n", static_cast<long>(n), deviations);
     require(0 < deviations && deviations < 0.005 * std::sqrt(n), "bounds are tight");
