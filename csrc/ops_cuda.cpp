@@ -35,8 +35,6 @@ void check_alike(const Tensor& tensor, const char* name, const Tensor& values) {
       name, " must be of the values' dtype and on their GPU, ", values.get_device());
 }
 
-Tensor whole_rows(const Tensor& x) { return x.size(1) > 1 && x.stride(1) != 1 ? torch::stable::contiguous(x) : x; }
-
 cuda::Rows rows(const Tensor& x) { return {dtype_of(x), x.const_data_ptr(), x.stride(0), x.size(0), x.size(1)}; }
 
 // ---- the device form ------------------------------------------------------------------------------------------------
