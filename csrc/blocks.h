@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <utility>
 
-#include "format.h"
 #include "planes.h"
 #include "product.h"
 
