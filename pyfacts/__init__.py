@@ -2,6 +2,12 @@
 
 import importlib.util
 
+if importlib.util.find_spec("pyfacts._storage") is None:
+    raise ImportError(
+        f"pyfacts in {__path__[0]} is not built. If that is its source tree, run `pip install --no-build-isolation .` "
+        "there and start Python elsewhere, where it finds what was installed; or install with `-e`"
+    )
+
 from .dump.errors import DumpError, DumpInterrupted
 from .dump.reader import Dump, open_dump
 from .errors import CheckpointError, HookNeverFired, OutOfRangeError

@@ -17,15 +17,10 @@ def load() -> None:
     """Loads `_C` into this process, and `_cuda` if it is there and torch can use it.
 
     Raises:
-        ImportError: `_C` is missing (pyfacts was not built), or PYFACTS_ISA names an instruction set that this CPU does
-            not run.
+        ImportError: PYFACTS_ISA names an instruction set that this CPU does not run.
     """
     path = find("_C")
-    if path is None:
-        raise ImportError(
-            "pyfacts._C is not built: run `pip install --no-build-isolation .` in the source tree, and start Python "
-            "outside of it (or install with `-e`)"
-        )
+    assert path is not None, "it is built with _storage, which pyfacts has looked for"
     load_library(path)
     if error := torch.ops.pyfacts.isa_error():
         raise ImportError(error)

@@ -253,10 +253,12 @@ def bench(
 
 def marked_context(context: Context, tokenizer: Any) -> str:
     """The tokens around a firing one as one line of rich markup, the firing one «so»."""
-    ids = [int(i) for i in context.token_ids]
-    at = context.token_index - context.start
-    words = [f" {i}" if tokenizer is None else tokenizer.decode([i]) for i in ids]
-    before, firing, after = ("".join(part).replace("\n", "⏎") for part in (words[:at], [words[at]], words[at + 1 :]))
+    if tokenizer is None:
+        at = context.token_index - context.start
+        ids = [f" {i}" for i in context.token_ids]
+        before, firing, after = "".join(ids[:at]), ids[at], "".join(ids[at + 1 :])
+    else:
+        before, firing, after = (part.replace("\n", "⏎") for part in context.text(tokenizer))
     word = firing.lstrip() or firing
     before += firing.removesuffix(word)
     return f"{escape(before)}[bold reverse]{escape(f'«{word}»')}[/bold reverse]{escape(after)}"

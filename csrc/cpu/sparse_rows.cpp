@@ -1,5 +1,6 @@
 #include "sparse_rows.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "parallel.h"
@@ -59,8 +60,8 @@ PlaneSizes count(const SparseRows& rows, uint8_t* counts, int64_t* tile_ptr, Par
   const int64_t n_tokens = rows.n_tokens();
   const int64_t columns = n_columns(rows.n_features);
   const int64_t tiles = n_tiles(n_tokens);
-  std::memset(counts, 0, columns * n_tokens);
-  std::memset(tile_ptr, 0, 2 * columns * tiles * sizeof(int64_t));
+  std::fill_n(counts, columns * n_tokens, 0);
+  std::fill_n(tile_ptr, 2 * columns * tiles, 0);
   parallel(tiles, parallel_for, [&](int64_t begin, int64_t end) {
     for (int64_t tile = begin; tile < end; ++tile) {
       for_runs(rows, tile, [&](int64_t token, const Run& run) {

@@ -113,6 +113,7 @@ inline void copy_counts(const uint8_t* tile_counts, int64_t n_rows, int64_t colu
 
 // Copies to memory that will not be read soon, past the caches if there is much of it; kernels().fence() ends it.
 inline void move_out(const uint8_t* from, uint8_t* to, int64_t n_bytes, bool stream) {
+  if (n_bytes == 0) return;  // an empty plane has no address
   if (stream) {
     kernels().stream(from, to, n_bytes);
   } else {

@@ -166,10 +166,7 @@ def context_lines(d: Dump, tokenizer: PreTrainedTokenizerFast, j: int, k: int = 
     """The k tokens at which a neuron fires most, each in its context on one line."""
     lines = []
     for context in d.contexts(HOOK, j, k=k, window=window):
-        at = context.token_index - context.start
-        ids = context.token_ids.tolist()
-        parts = [tokenizer.decode(part) for part in (ids[:at], ids[at : at + 1], ids[at + 1 :])]
-        before, token, after = (" ".join(part.split("\n")) for part in parts)
+        before, token, after = (part.replace("\n", " ") for part in context.text(tokenizer))
         lines.append(f"{context.value:6.2f}  {before[-44:]:>44}«{token}»{after[:44]}")
     return lines
 

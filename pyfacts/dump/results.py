@@ -1,6 +1,8 @@
 """What the reader answers with, beside activations."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from os.path import commonprefix
 from typing import Any
 
 import numpy as np
@@ -49,6 +51,29 @@ class Context:
     start: int
     token_ids: Any
     values: Any
+
+    def text(self, tokenizer: Any) -> tuple[str, str, str]:
+        """The tokens as text: what comes before the firing one, its own, and what comes after.
+
+        They are decoded together. One by one, many tokenizers drop a token's leading space, show the mark of a piece of
+        a word, or find no character in its bytes. A character of several tokens is that of the firing one.
+
+        Args:
+            tokenizer: has `decode(list of ids) -> str`, as those of transformers.
+
+        Example:
+            >>> from types import SimpleNamespace
+            >>> tokenizer = SimpleNamespace(decode=lambda ids: " ".join(f"t{i}" for i in ids))
+            >>> Context(12, 1.5, 0, 2, start=10, token_ids=np.array([7, 8, 9]), values=None).text(tokenizer)
+            ('t7 t8', ' t9', '')
+        """
+        decode: Callable[[list[int]], str] = tokenizer.decode
+        ids, at = [int(i) for i in self.token_ids], self.token_index - self.start
+        whole = decode(ids)
+        begin, end = (len(commonprefix([decode(ids[:n]), whole])) for n in (at, at + 1))
+        if begin == end and decode([ids[at]]):
+            end += 1
+        return whole[:begin], whole[begin:end], whole[end:]
 
 
 @dataclass(frozen=True)
