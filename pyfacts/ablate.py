@@ -72,6 +72,9 @@ def _features(point: HookPoint, indices: Iterable[int] | Tensor) -> Tensor:
             raise TypeError(f"{point.name}: indices must be integers, got a tensor of {indices.dtype}")
         indices = indices.flatten().tolist()
     try:
+        indices = list(indices)
+        if any(isinstance(i, bool) for i in indices):
+            raise TypeError
         features = [operator.index(i) for i in indices]
     except TypeError:
         raise TypeError(f"{point.name}: indices must be a list of integers, got {indices!r}") from None

@@ -108,10 +108,10 @@ def attach(model: nn.Module, saes: SaesByHook) -> dict[HookPoint, SparseAutoenco
         raise TypeError(f"saes must be a dict from hook names to SAEs, got {type(saes).__name__}")
     attached = {}
     for name, sae in saes.items():
-        if not isinstance(sae, SparseAutoencoder):
+        if isinstance(sae, type) or not isinstance(sae, SparseAutoencoder):
             raise TypeError(
                 f"the SAE at {name!r} must have d_in, d_sae, dtype, device, encode, tensors, config and to, got "
-                f"{type(sae).__name__}. Save another library's SAE with that, and load it with pyfacts.load_sae(path)"
+                f"{sae!r:.80}. Save another library's SAE with that, and load it with pyfacts.load_sae(path)"
             )
         (point,) = resolve_hooks(model, [name])
         if point.width is not None and point.width != sae.d_in:

@@ -91,12 +91,15 @@ class EncodedActivations:
 
     @property
     def dropped_share(self) -> float:
-        """Share of the squared norm that `min_abs` or a `select` dropped; 0.0 when only zeros were."""
+        """Share of the squared norm that `min_abs` or a `select` dropped; 0.0 when only zeros were.
+
+        NaN where an activation is NaN or infinite.
+        """
         if self.sq_norm is None:
             return 0.0
         total = self.sq_norm.sum().item()
         kept = torch.linalg.vector_norm(self.values, dtype=torch.float64).square().item()
-        return max(0.0, 1.0 - kept / total) if total else 0.0
+        return max(1.0 - kept / total, 0.0) if total else 0.0  # in this order a NaN stays
 
     def __len__(self) -> int:
         return self.counts.shape[1]
@@ -164,7 +167,7 @@ class EncodedActivations:
         else:
             start = _in_range(tokens, len(self), "token")
             stop = start + 1
-        sq_norm = None if self.sq_norm is None else self.sq_norm[start:stop]
+        sq_norm = None if self.sq_norm is None else self.sq_norm[start:stop].clone()
         counts, index, values, tile_ptr = ops.slice_tokens(self.planes, self.n_features, start, stop)
         return replace(self, counts=counts, index=index, values=values, tile_ptr=tile_ptr, sq_norm=sq_norm)
 

@@ -395,8 +395,12 @@ def _resolve(model: nn.Module, survey: _Survey, name: str) -> HookPoint:
     _refuse_experts(model, path, name)
     streams = {point.stream for point in survey.points.values()} - {""}
     stream = next((s for s in sorted(streams) if any(s in part for part in path.split("."))), "")
-    if survey.points and OTHER_TOWERS.search(path):
-        stream = name  # patches of an image, say: rows that are not the text's tokens
+    head = getattr(model, "get_output_embeddings", None)
+    if "decoder" in streams and not stream and callable(head) and module is head():
+        stream = "decoder"
+    # Patches of an image, say, or what stands beside encoder and decoder: rows that may be nobody's tokens.
+    if survey.points and (OTHER_TOWERS.search(path) or (streams and not stream)):
+        stream = name
     if side == "output":
         return HookPoint(name, path, "output", out_width(module), "neurons", None, stream)
     return HookPoint(name, path, "input", in_width(module), "neurons", None, stream)

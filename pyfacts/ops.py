@@ -417,10 +417,14 @@ def _backward(ctx: Any, grad_dense: Tensor | None, *_: Any) -> tuple[Tensor | No
         return (None,) * 6
     x, weight, bias, *planes = ctx.saved_tensors
     h = decode(tuple(planes), weight.shape[0], False)
-    grad = torch.where(h == 0, 0, grad_dense)
+    slope = h
     if ctx.activation == "relu2":
-        # h = relu(z)**2, whose derivative 2 * relu(z) is computed anew if it is to be differentiated itself.
-        grad = grad * 2 * (torch.nn.functional.linear(x, weight, bias).relu() if torch.is_grad_enabled() else h.sqrt())
+        # h = relu(z)**2, whose derivative 2 * relu(z) is computed anew if it is to be differentiated itself, and in
+        # float16, where squares overflow and underflow.
+        anew = torch.is_grad_enabled() or h.dtype == torch.float16
+        slope = 2 * (torch.nn.functional.linear(x, weight, bias).relu() if anew else h.sqrt())
+        grad_dense = grad_dense * slope
+    grad = torch.where(slope == 0, 0, grad_dense)
     grad_x = grad @ weight if ctx.needs_input_grad[0] else None
     grad_weight = grad.T @ x if ctx.needs_input_grad[1] else None
     grad_bias = grad.sum(0) if bias is not None and ctx.needs_input_grad[2] else None

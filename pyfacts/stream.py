@@ -58,7 +58,7 @@ class ActivationStream:
         stop_early: bool = False,
         saes: Mapping[HookPoint, SparseAutoencoder] | None = None,
     ) -> None:
-        if select is not None and not isinstance(select, Select):
+        if select is not None and (isinstance(select, type) or not isinstance(select, Select)):
             raise TypeError(f"select must be pyfacts.topk(k), pyfacts.min_abs(theta) or alike, got {select!r}")
         if token_mask is not None and not isinstance(token_mask, Tensor | Mapping) and not callable(token_mask):
             raise TypeError(f"token_mask must be a tensor, a dict of tensors or a callable, got {token_mask!r}")
@@ -120,7 +120,7 @@ class ActivationStream:
 
         Raises:
             HookNeverFired: (a ValueError and a RuntimeError) a hook did not fire.
-        ValueError: a hook was handed something that is not one row per token.
+            ValueError: a hook was handed something that is not one row per token.
         """
         collected: dict[str, Activations] = {}
         on_forward, self.on_forward = self.on_forward, lambda parts, positions: collected.update(parts)
@@ -296,7 +296,10 @@ def add_hook(module: nn.Module, side: str, act: Callable[[Any], Any]) -> Callabl
     def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if isinstance(output, tuple | list) and output:
             new = act(output[0])
-            return None if new is None else type(output)([new, *output[1:]])
+            if new is None:
+                return None
+            items = [new, *output[1:]]
+            return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)  # a namedtuple
         return act(output)
 
     if side == "input":

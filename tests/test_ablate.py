@@ -1,6 +1,7 @@
 """`pyfacts.ablate` against models whose weights were changed to the same effect."""
 
 import copy
+from typing import NamedTuple
 
 import pytest
 import tiny_models as tiny
@@ -130,6 +131,7 @@ def test_compiled_model():
         ({HOOK: [1.5]}, 0.0, TypeError, "list of integers"),
         ({HOOK: torch.tensor([1.0])}, 0.0, TypeError, "float32"),
         ({HOOK: 3}, 0.0, TypeError, "list of integers, got 3"),
+        ({HOOK: [False] * 39 + [True]}, 0.0, TypeError, "list of integers, got .False"),
         ({"blocks.1.mlp.hook_pst": [1]}, 0.0, ValueError, r"Close matches.*blocks\.1\.mlp\.hook_post"),
         ({}, 0.0, ValueError, "empty"),
         ([HOOK], 0.0, TypeError, "dict"),
@@ -156,6 +158,21 @@ def test_index_beyond_an_unknown_width():
     model = nn.Sequential(nn.Identity())
     with pyfacts.ablate(model, {"0": [2]}), pytest.raises(ValueError, match=r"index 2.*\[0, 2\)"):
         model(torch.ones(1, 2))
+
+
+def test_the_first_of_a_named_tuple():
+    class Pair(NamedTuple):
+        x: torch.Tensor
+        n: int
+
+    class Tupled(nn.Module):
+        def forward(self, x):
+            return Pair(x, 3)
+
+    model = nn.Sequential(nn.Linear(2, 4), Tupled())
+    with pyfacts.ablate(model, {"1:output": [1]}, value=7.0):
+        out = model(torch.zeros(5, 2))
+    assert isinstance(out, Pair) and out.n == 3 and (out.x[:, 1] == 7).all()
 
 
 def test_a_hook_that_no_forward_reaches_is_an_error(model):

@@ -410,7 +410,7 @@ def test_output_that_is_no_tensor():
         model(tiny.tokens())
 
 
-@pytest.mark.parametrize("arguments", [{"select": 3}, {"token_mask": 3}])
+@pytest.mark.parametrize("arguments", [{"select": 3}, {"select": pyfacts.topk}, {"token_mask": 3}])
 def test_bad_arguments(model, arguments):
     with pytest.raises(TypeError, match=next(iter(arguments))):
         capture(model, **arguments)

@@ -236,6 +236,8 @@ class TestErrors:
     def test_no_saes(self, model: nn.Module) -> None:
         with pytest.raises(TypeError, match="blocks.1.hook_resid_pre.*d_sae.*got Linear"):
             pyfacts.capture(model, saes={RESID: nn.Linear(16, 3)})
+        with pytest.raises(TypeError, match="d_sae.*got <class .*TinySae"):
+            pyfacts.capture(model, saes={RESID: TinySae})
         with pytest.raises(TypeError, match="dict from hook names to SAEs, got TinySae"):
             pyfacts.capture(model, saes=TinySae(16))
 

@@ -227,6 +227,28 @@ def test_each_stack_has_its_own_tokens():
     assert cache.positions.tolist() == [[s, p] for s in range(2) for p in range(4)]
 
 
+def test_the_head_has_the_decoders_tokens():
+    """Also where source and target are of one length, and the encoder's mask would fit."""
+    model, ids = tiny.t5(), tiny.tokens()
+    decoder_mask = 1 - MASK.flip(0)
+    decoder_mask[:, 0] = 1
+    with pyfacts.capture(model, ["lm_head", "decoder.final_layer_norm"], select=pyfacts.topk(3)) as cache:
+        model(ids, attention_mask=MASK, decoder_input_ids=ids, decoder_attention_mask=decoder_mask)
+    assert not torch.equal(decoder_mask, MASK)
+    for name in ("lm_head", "decoder.final_layer_norm"):
+        assert cache.positions_of(name).tolist() == decoder_mask.nonzero().tolist()
+
+
+def test_what_stands_beside_encoder_and_decoder_is_not_masked():
+    model, ids = tiny.t5(cls="T5ForSequenceClassification"), tiny.tokens()
+    ids[:, -1] = model.config.eos_token_id
+    mask = torch.ones_like(ids)
+    mask[0, 1] = 0
+    with pyfacts.capture(model, "classification_head:output", select=pyfacts.topk(1)) as cache:
+        model(ids, attention_mask=mask)
+    assert len(cache["classification_head:output"]) == 2
+
+
 def test_token_masks_by_stream():
     model = tiny.t5()
     masks = {"encoder": MASK.bool(), "decoder": torch.tensor([[True, False], [False, True]])}

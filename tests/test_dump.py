@@ -17,7 +17,7 @@ from safetensors import safe_open
 import pyfacts
 from pyfacts.dump import DumpError, layout, open_dump, reader
 from pyfacts.dump.run import dump
-from pyfacts.select import topk
+from pyfacts.select import min_abs, topk
 
 N_SEQUENCES = 700  # three shards of 5,000 tokens and more, of two blocks each
 
@@ -277,6 +277,31 @@ class TestDtypesAndSelect:
         assert 0 < enc.dropped_share == pytest.approx(expected[100:1500].dropped_share, rel=1e-9)
         assert d.plan["select"] == {"kind": "topk", "k": 5}
         d.verify()
+
+    def test_what_json_lacks_in_a_select(self, model, ids, tmp_path):
+        """An infinite threshold drops a feature; a select of one's own may describe itself by tuples."""
+
+        class Range(min_abs):
+            def describe(self):
+                return {"kind": "range", "range": (0.1, float("inf"))}
+
+        theta = torch.zeros(WIDTH)
+        theta[7] = float("inf")
+        for name, select in (("a", min_abs(theta)), ("b", Range(0.1))):
+            for _ in range(2):  # the second one reads the plan
+                d = dump(model, ids[:20], tmp_path / name, names_filter=HOOKS, select=select)
+        assert open_dump(tmp_path / "a")[HOOKS[0]].neuron(7)[1].numel() == 0
+        assert d.plan["select"] == {"kind": "range", "range": [0.1, "inf"]}
+
+    def test_zeros_with_a_sign_are_refused(self, model, ids, tmp_path):
+        """Committed, they could not be read back."""
+
+        class Signed(topk):
+            def encode(self, x):
+                return pyfacts.encode(x, signed_zero=True)
+
+        with pytest.raises(ValueError, match="packed with signed_zero=True"):
+            dump(model, ids[:20], tmp_path, names_filter=HOOKS, select=Signed(3))
 
 
 class TestHuggingFace:

@@ -277,6 +277,25 @@ def test_what_a_tokenizer_returned(kind, tokenizer, ids, tmp_path):
     assert [found._ids(i).tolist() for i in range(found.n_sequences)] == ids
 
 
+def test_a_token_mask_shaped_like_what_a_tokenizer_returned(tmp_path):
+    """Padding included; a single text comes without a list around it."""
+    padded = {"input_ids": [[2, 4, 6, 8], [5, 7, 0, 0]], "attention_mask": [[1, 1, 1, 1], [1, 1, 0, 0]]}
+    single = {"input_ids": [2, 4, 6, 8], "attention_mask": [1, 1, 1, 0]}
+
+    def captured(source, mask):
+        found = read_tokens(source, tmp_path, load_tokenizer=pytest.fail, token_mask=mask)
+        batch = found.batch(0, found.n_sequences)
+        return batch.ids[batch.captured].tolist(), batch.position.tolist()
+
+    mask = [[1, 0, 0, 1], [0, 1, 1, 1]]
+    for form in (mask, np.array(mask), torch.tensor(mask).bool()):
+        assert captured(padded, form) == ([2, 8, 7], [0, 3, 1])
+    assert captured(single, None) == ([2, 4, 6], [0, 1, 2])
+    assert captured(single, [0, 1, 1, 1]) == ([4, 6], [1, 2])
+    with pytest.raises(ValueError, match=r"token_mask must be shaped like tokens\['attention_mask'\], padding"):
+        captured(padded, [[1, 1, 1, 1], [1, 1]])
+
+
 def test_a_streaming_data_set_after_a_map(ids, tmp_path):
     """It does not know its columns; and a number called `tokens` is no document."""
     import datasets

@@ -1,5 +1,7 @@
 """encode, decode and the record, against the plain twin in reference.py; bits are compared."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -230,6 +232,9 @@ def test_dropped_share_is_reported_and_survives_slices_and_cat() -> None:
     expected = share(torch.cat([x, torch.full((7, 400), 2.0)]))
     assert pyfacts.cat([enc, exact]).dropped_share == pytest.approx(expected, rel=1e-9)
     assert "dropped_share" in repr(enc)
+    assert enc[100:101].sq_norm.untyped_storage().nbytes() == 8  # a slice does not keep the rest alive
+    for value in (float("nan"), float("inf")):  # of which no share can be told
+        assert math.isnan(pyfacts.encode(torch.tensor([[1.0, 3.0, value]]), min_abs=2.0).dropped_share)
 
 
 def test_to_the_same_device_is_itself() -> None:

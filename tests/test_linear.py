@@ -291,6 +291,21 @@ def test_gradients(activation: str) -> None:
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [0.003, 30.0])
+def test_gradients_of_squares_that_float16_does_not_hold(scale: float) -> None:
+    torch.manual_seed(0)
+    x, weight = (torch.randn(64, 32) * scale).half(), torch.randn(48, 32).half()
+
+    def gradient(dtype: torch.dtype, forward: Callable[..., Tensor]) -> Tensor:
+        leaf = weight.to(dtype, copy=True).requires_grad_()
+        (h := forward(x.to(dtype), leaf)).backward(torch.full_like(h, 1 / 64))
+        return leaf.grad.double()
+
+    ours = gradient(torch.float16, lambda x, w: pyfacts.linear_relu_encode(x, w, None, "relu2", return_dense=True)[0])
+    exact = gradient(torch.float64, lambda x, w: linear(x, w).relu().square())
+    assert (ours - exact).norm() < 2e-3 * exact.norm()
+
+
 def test_a_single_gradient_is_enough() -> None:
     x, weight, bias = normal_operands(6, 5, 7)
     weight.requires_grad_()

@@ -99,6 +99,12 @@ def test_layout_is_the_kernels_and_nothing_is_copied_that_has_it():
     assert make().to(torch.bfloat16).W_enc.T.is_contiguous()
 
 
+def test_no_gradient_reaches_its_tensors():
+    sae = pyfacts.SAE(**{name: torch.nn.Parameter(tensor) for name, tensor in tensors().items()})
+    assert not any(tensor.requires_grad for tensor in sae.tensors().values())
+    assert not sae.decode(sae.encode(X)).requires_grad
+
+
 def test_shapes_of_x():
     sae = make("topk")
     assert sae.encode(X.view(5, 6, D_IN)).shape == (30, D_SAE)

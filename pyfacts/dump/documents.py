@@ -83,11 +83,31 @@ def token_documents(documents: Iterable[Document], load_tokenizer: Callable[[], 
             number += 1
 
 
+def without_padding(name: str, rows: Sequence[Any], columns: Mapping[str, Any]) -> list[Any]:
+    """Rows that are shaped like what a tokenizer returned, less what its attention mask, if there is one, leaves out.
+
+    Raises:
+        ValueError: they are shaped otherwise than the mask.
+    """
+    rows, masks = _of_one_text(rows), columns.get("attention_mask")
+    if masks is None:
+        return list(rows)
+    masks = _of_one_text(masks)
+    if [len(row) for row in rows] != [len(mask) for mask in masks]:
+        raise ValueError(f"{name} must be shaped like tokens['attention_mask'], padding included")
+    return [_unmasked(*row) for row in zip(rows, masks, strict=True)]
+
+
+def _of_one_text(rows: Sequence[Any]) -> Sequence[Any]:
+    """Several rows; a tokenizer gives a single text's without a list around them."""
+    return [rows] if len(rows) and np.ndim(rows[0]) == 0 and not isinstance(rows[0], str) else rows
+
+
 def _mapping(columns: Mapping[str, Any]) -> list[Document]:
     field = _field(columns, "the mapping")
-    masks = columns.get("attention_mask")
-    documents = columns[field]
-    return [_unmasked(*row) for row in (zip(documents) if masks is None else zip(documents, masks, strict=True))]
+    if field in TEXT_FIELDS:
+        return list(columns[field])
+    return without_padding(f"tokens[{field!r}]", columns[field], columns)
 
 
 def _text(path: Path) -> Iterator[str]:

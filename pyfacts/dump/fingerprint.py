@@ -45,7 +45,7 @@ def describe_sae(sae: SparseAutoencoder) -> dict[str, Any]:
     return {
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
-        "config": _plain(sae.config()),
+        "config": plain(sae.config()),
         "weights_xxh3": weights_xxh3(sae.tensors()),
     }
 
@@ -70,15 +70,15 @@ def _config_values(config: Any) -> dict[str, Any]:
     if config is None:
         return {}
     values = config.to_dict() if hasattr(config, "to_dict") else getattr(config, "__dict__", {})
-    return dict(_plain(values)) if isinstance(values, Mapping) else {}
+    return dict(plain(values)) if isinstance(values, Mapping) else {}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A value as JSON has it; what JSON lacks becomes its text."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if value is None or isinstance(value, bool | int | float | str):

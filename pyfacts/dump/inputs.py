@@ -2,7 +2,7 @@
 
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from .documents import Document, read_documents, token_documents
+from .documents import Document, read_documents, token_documents, without_padding
 from .files import unique_name
 
 MaskFunction = Callable[[np.ndarray], Any]
@@ -162,6 +162,8 @@ def read_tokens(
     if flat.size == 0:
         name = str(source) if isinstance(source, str | os.PathLike) else "the source"
         raise ValueError(f"tokens: {name} is empty; there is nothing to dump")
+    if isinstance(source, Mapping) and hasattr(token_mask, "__len__"):
+        token_mask = without_padding("token_mask", token_mask, source)
     mask = token_mask if callable(token_mask) else _flat_mask(token_mask, lengths)
     return Tokens(flat, *_cut(lengths, context_size), mask)
 

@@ -316,7 +316,10 @@ class DumpedHook:
 
     @property
     def dropped_share(self) -> float:
-        """Share of the squared norm of the committed rows that a `select` dropped; 0.0 when only zeros were."""
+        """Share of the squared norm of the committed rows that a `select` dropped; 0.0 when only zeros were.
+
+        NaN where an activation is NaN or infinite.
+        """
         self._neurons_only()
         if not self._dump._plan.lossy:
             return 0.0
@@ -328,7 +331,7 @@ class DumpedHook:
                 sq_norm = file.sq_norm(block)
                 assert sq_norm is not None, "a lossy dump has the norms"
                 total += float(sq_norm.sum())
-        return max(0.0, 1.0 - kept / total) if total else 0.0
+        return max(1.0 - kept / total, 0.0) if total else 0.0  # in this order a NaN stays
 
     @property
     def n_bytes(self) -> int:

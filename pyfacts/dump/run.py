@@ -30,7 +30,7 @@ from .arguments import (
 )
 from .blocks import is_full, write_block
 from .errors import DumpError
-from .fingerprint import describe_model, describe_sae
+from .fingerprint import describe_model, describe_sae, plain
 from .inputs import Batch, Survey, Tokens, read_tokens
 from .layout import HookSpec
 from .plan import PLAN_FILE, Plan, ShardRecord, check_same, record_path, shard_name
@@ -163,7 +163,7 @@ def dump(
             shard_tokens=shard_tokens,
             codec=codec,
             signed_zero=False,
-            select=None if select is None else select.describe(),
+            select=None if select is None else plain(select.describe()),
             created_with={"pyfacts": __version__, "torch": torch.__version__, "zstandard": zstandard.__version__},
         )
         with (
@@ -398,6 +398,8 @@ def _seen(planned: HookSpec, part: EncodedActivations | Tensor) -> HookSpec:
     seen = replace(planned, dtype=str(part.dtype).removeprefix("torch."), width=part.shape[1])
     if seen.dtype not in layout.ITEM_BYTES:
         raise ValueError(f"{seen.name} carries {seen.dtype}; a dump holds float32, bfloat16 and float16")
+    if isinstance(part, EncodedActivations) and part.signed_zero:
+        raise ValueError(f"{seen.name} was packed with signed_zero=True; a dump holds zeros as +0.0: pack without it")
     for name in ("dtype", "width"):
         expected, actual = getattr(planned, name), getattr(seen, name)
         if expected and expected != actual:

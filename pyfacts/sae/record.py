@@ -69,8 +69,10 @@ class SAE:
         self._check_activation()
         if self.input_norm not in (None, *INPUT_NORMS):
             raise ValueError(f"input_norm must be None, {_listed(INPUT_NORMS)}, got {self.input_norm!r}")
-        self.W_enc = self.W_enc.detach().T.contiguous().T
-        self.W_dec = self.W_dec.detach().contiguous()
+        for name, tensor in self.tensors().items():
+            setattr(self, name, tensor.detach())
+        self.W_enc = self.W_enc.T.contiguous().T
+        self.W_dec = self.W_dec.contiguous()
 
     # ---- what it is --------------------------------------------------------------------------------------------------
 
