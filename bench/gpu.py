@@ -104,8 +104,7 @@ def up_projection(timer: Timer, shape: tuple[int, int, int], density: float, flo
         "encode(relu(linear))": lambda: pyfacts.encode(torch.relu(linear(x, weight, bias))),
     }
     ours: dict[str, Call] = {}
-    for fused in (True, False) if timer.fused else (False,):
-        name = "fused" if fused else "two steps"
+    for name, fused in ways(timer).items():
         ours[name] = by_way(fused, lambda: pyfacts.linear_relu_encode(x, weight, bias))
         ours[f"{name}, h too"] = by_way(fused, lambda: pyfacts.linear_relu_encode(x, weight, bias, return_dense=True))
     seconds = timer.medians(ours | peers)
@@ -119,10 +118,18 @@ def by_way(fused: bool, call: Call) -> Call:
     """The call, with or without that kernel."""
 
     def run() -> object:
-        cuda.FUSED = fused
-        return call()
+        before, cuda.FUSED = cuda.FUSED, fused
+        try:
+            return call()
+        finally:
+            cuda.FUSED = before
 
     return run
+
+
+def ways(timer: Timer) -> dict[str, bool]:
+    """The ways to compute linear_relu_encode that are measured, and whether each is by the fused kernel."""
+    return {"fused": True, "two steps": False} if timer.fused else {"two steps": False}
 
 
 def packing(timer: Timer, shape: tuple[int, int], density: float, bytes_per_s: float) -> Iterator[Row]:
@@ -160,9 +167,16 @@ def sae(timer: Timer, shape: tuple[int, int, int], density: float, k: int) -> It
     case = f"{n_tokens} x {d_in} → {n_features}, {density:.1%}"
     dense_bytes = n_tokens * n_features * DTYPE.itemsize
     threshold = -bias
+
+    def relu() -> object:
+        return pyfacts.linear_relu_encode(x, weight, bias)
+
+    def jumprelu() -> object:
+        return pyfacts.linear_relu_encode(x, weight, None, "jumprelu", threshold=threshold)
+
     encoders: dict[str, Call] = {
-        "relu": lambda: pyfacts.linear_relu_encode(x, weight, bias),
-        "jumprelu": lambda: pyfacts.linear_relu_encode(x, weight, None, "jumprelu", threshold=threshold),
+        **{f"relu, {name}": by_way(fused, relu) for name, fused in ways(timer).items()},
+        **{f"jumprelu, {name}": by_way(fused, jumprelu) for name, fused in ways(timer).items()},
         f"topk {k}": lambda: pyfacts.linear_topk_encode(x, weight, bias, k),
         f"batch topk {k}": lambda: pyfacts.linear_batch_topk_encode(x, weight, bias, k),
     }
@@ -255,7 +269,7 @@ def measure(timer: Timer, limit_s: float) -> Iterator[Row]:
     yield row("this GPU", "copy", rate["copy_bytes_per_s"] / 1e12, "TB/s")
     yield row("this GPU", "product of 8192 x 8192", rate["mm_flop_per_s"] / 1e12, "TFLOP/s")
     sections: list[Callable[[], Iterator[Row]]] = []
-    for d_in in (4096, 768, 1024, 2048):
+    for d_in in (4096, 768, 256, 1024, 2048):
         for density in (0.03, 0.1):
             sections.append(lambda d=d_in, p=density: up_projection(timer, (8192, d, 16384), p, rate["mm_flop_per_s"]))
     for density in (0.03, 0.1, 0.5):
@@ -266,7 +280,10 @@ def measure(timer: Timer, limit_s: float) -> Iterator[Row]:
         if time.monotonic() > end:
             print("out of time: the rest was not measured", file=sys.stderr)
             return
-        yield from section()
+        try:
+            yield from section()
+        except RuntimeError as error:  # such as too little memory: the rest may still be measured
+            print(f"not measured: {error}", file=sys.stderr)
 
 
 def machine() -> Row:
@@ -289,12 +306,12 @@ def main() -> None:
     about, rows = machine(), []
     print(" · ".join(about.values()))
     fused = not options.without_fused and torch.cuda.get_device_capability() == (9, 0)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{about['gpu'].lower().replace(' ', '-')}.json"
     for found in measure(Timer("cuda", options.rounds, fused), options.limit_s):
         rows.append(found)
         print(f"{found['case']:44} {found['what']:44} {found['value']:9.4g} {found['unit']}", flush=True)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{about['gpu'].lower().replace(' ', '-')}.json"
-    path.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")
+        path.write_text(json.dumps({"machine": about, "rows": rows}, indent=1) + "\n")  # so far, should this be stopped
     print(f"wrote {path}")
 
 

@@ -1,5 +1,7 @@
 """The kernels on a GPU, against the CPU's bits; and what only a GPU shows: streams, waiting, autocast, compilation."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tiny_models
@@ -264,7 +266,10 @@ def test_operands_on_two_devices_are_named() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
-    "shape", [(1, 8, 8), (17, 64, 256), (129, 768, 264), (1000, 1024, 520), (300, 8, 4096)], ids=str
+    "shape",
+    [(1, 8, 8), (17, 64, 256), (129, 768, 264), (1000, 1024, 520), (300, 8, 4096)]
+    + [(590, 8, 4096), (5000, 72, 4096), (2000, 528, 4096)],  # more tiles than multiprocessors: each packs several
+    ids=str,
 )
 @pytest.mark.parametrize("return_dense", [True, False])
 def test_the_fused_kernel(dtype: torch.dtype, shape: tuple[int, int, int], return_dense: bool) -> None:
@@ -290,6 +295,23 @@ def test_the_fused_kernel(dtype: torch.dtype, shape: tuple[int, int, int], retur
             assert_encodes(ops.canonicalise(arena), expected)
             if h is not None:
                 assert_same_bits(h, expected + 0.0)
+
+
+@pytest.mark.parametrize("shape", [(590, 8, 4096), (200, 768, 4096)], ids=str)
+def test_the_fused_kernel_stays_in_its_arena(shape: tuple[int, int, int]) -> None:
+    """What does not fit is left out, counted all the same, and complained of."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the fused kernel is for Hopper")
+    x, weight, bias = on_gpu(*operands(shape, torch.bfloat16))
+    room = ops.empty_arena(x, shape[0], shape[2])
+    poison = torch.full_like(room.values, 7.0)
+    short = replace(ops.empty_arena(x, shape[0], shape[2]), values=poison[:4096])
+    for arena in (room, short):
+        assert ops.fused_linear_relu_encode_out(x, weight, bias, "relu", None, None, arena)
+    assert short.cursor.item() == room.cursor.item() > 0
+    assert bool((poison[4096:] == 7).all())
+    with pytest.raises(RuntimeError, match="did not fit"):
+        ops.canonicalise(short)
 
 
 def test_what_the_fused_kernel_does_not_take_is_left_alone() -> None:
