@@ -50,6 +50,8 @@ def ablate(model: nn.Module, indices: Mapping[str, Iterable[int] | Tensor], valu
         raise TypeError(f"indices must be a dict of hook name to feature indices, got {type(indices).__name__}")
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"value must be a number, got {value!r} of type {type(value).__name__}")
+    if not indices:
+        raise ValueError("indices is empty: name at least one hook and its features")
     root = unwrap(model)
     points = resolve_hooks(model, list(indices))
     for point in points:
@@ -92,8 +94,9 @@ def _check_range(name: str, features: list[int], width: int | None) -> None:
 def _setter(point: HookPoint, features: Tensor, value: float, silent: set[str]) -> Callable[[Any], Tensor]:
     def set_features(x: Any) -> Tensor:
         silent.discard(point.name)
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{point.name}: {point.module_path} is handed {type(x).__name__}, not a tensor")
+        if not isinstance(x, Tensor) or x.is_nested:
+            what = "a nested tensor" if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{point.name}: {point.module_path} is handed {what}, not a tensor with a row per token")
         if point.width is not None and x.shape[-1] != point.width:
             raise ValueError(f"{point.name}: activations of width {x.shape[-1]}, but the hook's width is {point.width}")
         if point.width is None:

@@ -6,6 +6,7 @@ The latents of an SAE at `blocks.3.hook_resid_pre` are called `blocks.3.hook_res
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -119,9 +120,21 @@ def attach(model: nn.Module, saes: SaesByHook) -> dict[HookPoint, SparseAutoenco
                 f"the SAE at {name} reads d_in = {sae.d_in}, but that hook's width is {point.width}: it was trained on "
                 "another hook or another model"
             )
+        _warn_if_elsewhere(model, point, sae)
         latents = replace(point, name=f"{name}.{LATENTS}", width=sae.d_sae, kind="neurons", activation=None)
         attached[latents] = sae
     return attached
+
+
+def _warn_if_elsewhere(model: nn.Module, point: HookPoint, sae: SparseAutoencoder) -> None:
+    """Warn if the SAE's own hook is another one of this model: in the residual stream all widths are the same."""
+    own = getattr(sae, "hook_name", None)
+    try:
+        (trained_on,) = resolve_hooks(model, [own]) if isinstance(own, str) else (point,)
+    except ValueError:  # named as in another library
+        return
+    if (trained_on.module_path, trained_on.side) != (point.module_path, point.side):
+        warnings.warn(f"the SAE at {point.name} was trained on {own}, as its checkpoint says", stacklevel=6)
 
 
 def encode_latents(point: HookPoint, sae: SparseAutoencoder, x: Tensor) -> EncodedActivations:

@@ -90,6 +90,10 @@ def table(rows: Sequence[Row]) -> str:
         >>> pyfacts.bench.table([{"name": "capture", "skipped": "needs transformers"}]).splitlines()[-1]
         'capture: needs transformers'
     """
+    import torch
+
+    from . import ops
+
     measured = [row for row in rows if "skipped" not in row]
     width = max([len(name) for row in measured for name in (row["name"], *row["peers"])] + [20]) + 2
     lines = [f"{'':{width}}{'ms':>9}  {'GB/s':>6}  {'pyfacts is':>11}"]
@@ -98,7 +102,8 @@ def table(rows: Sequence[Row]) -> str:
         for name, peer in row["peers"].items():
             lines.append(f"{'  ' + name:{width}}{peer['ms']:9.2f}  {peer['gb_per_s']:6.2f}  {peer['ratio']:10.2f}x")
         lines.append(f"{'  floor: ' + _megabytes(row['moved_bytes']) + ' moved':{width}}{row['floor_ms']:9.2f}")
-    lines += ["", "Medians. GB/s of dense activations; pyfacts is so many times as fast as the peer in the line."]
+    lines += ["", f"Medians with {torch.get_num_threads()} threads and {ops.isa()} instructions."]
+    lines += ["GB/s of dense activations; pyfacts is so many times as fast as the peer in the line."]
     lines += [f"{row['name']}: {row['skipped']}" for row in rows if "skipped" in row]
     return "\n".join(lines)
 

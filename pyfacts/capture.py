@@ -89,6 +89,8 @@ class capture:
         self._new_stream()  # complains about the arguments before the with
 
     def __enter__(self) -> ActivationCache:
+        if hasattr(self, "_stream"):
+            raise RuntimeError("this capture is open already: make another one with pyfacts.capture(...)")
         self._cache = ActivationCache(self._points)
         self._warned = self._select is not None
         self._stream = self._new_stream()
@@ -170,9 +172,7 @@ class ActivationCache(Mapping[str, Activations]):
     def _find(self, name: str, where: dict[str, list]) -> list:
         if name not in where:
             close = difflib.get_close_matches(str(name), where, n=3, cutoff=0.5) or list(where)[:3]
-            raise UnknownHookError(
-                f"{name!r} was not captured; captured are {len(where)} hooks, such as {', '.join(close)}"
-            )
+            raise UnknownHookError(f"{name!r} was not captured; what was ({len(where)}) is such as {', '.join(close)}")
         return where[name]
 
     def __contains__(self, name: object) -> bool:
@@ -185,7 +185,7 @@ class ActivationCache(Mapping[str, Activations]):
         return len(self._parts)
 
     def __repr__(self) -> str:
-        lines = [f"ActivationCache of {len(self)} hooks"]
+        lines = [f"ActivationCache of {len(self)} hook{'' if len(self) == 1 else 's'}"]
         for name, parts in self._parts.items():
             tokens = sum(len(part) for part in parts)
             n_bytes = sum(part.nbytes for part in parts)

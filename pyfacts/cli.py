@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -49,10 +50,13 @@ def main() -> NoReturn:
         code = _stopped(str(error).partition(";")[0], 128 + error.signum)
     except DumpError as error:
         code = _fail(error, FAILED)
-    except ModuleNotFoundError as error:
+    except ImportError as error:
+        if _interrupted(error):
+            sys.exit(_stopped("interrupted", INTERRUPTED))
         code = _fail(error, USAGE)
-        err.print(escape("install pyfacts with an extra: '.[text]' for models and texts, '.[demo]' for the demo"))
-    except (ValueError, TypeError, ImportError) as error:
+        if isinstance(error, ModuleNotFoundError):
+            err.print(escape("install pyfacts with an extra: '.[text]' for models and texts, '.[demo]' for the demo"))
+    except (ValueError, TypeError) as error:
         code = _fail(error, USAGE)
     except OSError as error:
         code = _fail(error, FAILED)
@@ -67,6 +71,13 @@ def _fail(error: Exception, code: int) -> int:
 def _stopped(what: str, code: int) -> int:
     err.print(escape(f"{what}; to resume: {shlex.join(['pyfacts', *sys.argv[1:]])}"), highlight=False)
     return code
+
+
+def _interrupted(error: BaseException | None) -> bool:
+    """Whether Ctrl-C is behind it: transformers makes an ImportError of one that comes while it is imported."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _show_version(shown: bool) -> None:
@@ -93,13 +104,18 @@ def dump_command(
         str,
         typer.Argument(
             metavar="TEXT_OR_TOKENS",
-            help="Text (.txt, .jsonl, .parquet), token ids (.npy, .parquet) or a saved Hugging Face data set.",
+            help="Text (.txt, one document a MiB; .jsonl or .parquet, one a row), token ids (.npy, .jsonl, .parquet) "
+            "or a saved Hugging Face data set.",
         ),
     ],
     out_directory: DumpArgument,
     hooks: Annotated[
         list[str] | None,
-        typer.Option("--hooks", help="Hook or module path to dump, repeatable; every MLP's neurons by default."),
+        typer.Option(
+            "--hooks",
+            help="Hook to dump, repeatable; a module path, or a pattern such as 'blocks.*.hook_resid_post', will do. "
+            "Every MLP's neurons by default.",
+        ),
     ] = None,
     sae: Annotated[
         list[str] | None,
@@ -109,7 +125,9 @@ def dump_command(
     min_abs: Annotated[float | None, typer.Option(help="Keep activations above this absolute value.")] = None,
     codec: Annotated[str, typer.Option(help="'zstd'; 'split': smaller; or 'none': faster to write, larger.")] = "zstd",
     batch_size: Annotated[int, typer.Option(help="Sequences of a forward pass.")] = 8,
-    context_size: Annotated[int | None, typer.Option(help="Tokens of a sequence; longer texts are cut.")] = None,
+    context_size: Annotated[
+        int | None, typer.Option(help="Tokens of a sequence; a longer text becomes several.")
+    ] = None,
     shard_tokens: Annotated[int, typer.Option(help="Tokens of a shard; a crash costs at most one shard.")] = 65536,
     allow_dense: Annotated[bool, typer.Option("--allow-dense", help="Dump even if most neurons are non-zero.")] = False,
 ) -> None:
@@ -132,7 +150,7 @@ def dump_command(
             model,
             tokens,
             out_directory,
-            names_filter=hooks,
+            names_filter=_names_filter(hooks),
             select=select,
             saes=_load_saes(sae or []),
             codec=codec,
@@ -214,6 +232,10 @@ def top(
     density = stats.density[neuron]
     out.print(escape(f"{hook} neuron {neuron}: active at {stats.nnz[neuron]:,} tokens ({density:.3%})"))
     tokenizer = _tokenizer(d)
+    if tokenizer is None:
+        err.print(escape(f"no tokenizer in {_model_name(d) or 'the dump'}: token ids are shown"), highlight=False)
+    if not d.complete:
+        err.print(f"incomplete: of the {d.n_tokens_committed:,} tokens that are committed", highlight=False)
     for context in contexts:
         place = f"{context.value:9.4g}  {context.document}:{context.position:<6}"
         out.print(f"{place} {marked_context(context, tokenizer)}", highlight=False)
@@ -270,6 +292,13 @@ def _open(directory: Path) -> Dump:
     return pyfacts.open_dump(directory)
 
 
+def _names_filter(hooks: list[str] | None) -> list[str] | Callable[[str], bool] | None:
+    """Names as they are; with a pattern among them, a function of a name."""
+    if hooks is None or not any("*" in hook for hook in hooks):
+        return hooks
+    return lambda name: any(fnmatchcase(name, hook) for hook in hooks)
+
+
 def _load_saes(arguments: list[str]) -> dict[str, Any]:
     """The SAEs of `--sae HOOK=PATH`, by hook."""
     saes: dict[str, Any] = {}
@@ -291,9 +320,14 @@ def _check_model(model: str) -> None:
         raise ValueError(f"model directory {model} does not exist")
 
 
+def _model_name(d: Dump) -> str | None:
+    """The name or directory of the tokenizer, or of the model."""
+    return d.plan["tokens"].get("tokenizer") or d.plan["model"].get("name")
+
+
 def _tokenizer(d: Dump) -> Any:
     """The tokenizer of the dumped model, None where it cannot be loaded: then ids are shown."""
-    name = d.plan["tokens"].get("tokenizer") or d.plan["model"].get("name")
+    name = _model_name(d)
     if not name:
         return None
     from .dump.arguments import tokenizer_of

@@ -4,14 +4,13 @@ An MLP's up-projection and an SAE's encoder are one operator, a product, an acti
 down-projection and an SAE's decoder. None of these builds the dense [n_tokens, n_features] matrix unless asked to.
 """
 
-import operator
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from . import ops
-from .encoding import EncodedActivations, check_matrix
+from .encoding import EncodedActivations, as_int, check_matrix
 
 ACTIVATIONS = ("relu", "relu2", "jumprelu")
 
@@ -213,7 +212,7 @@ def sparse_linear(enc: EncodedActivations, W_dec: Tensor, b_dec: Tensor | None =
 def _topk(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, over_batch: bool) -> EncodedActivations:
     x, weight, bias = _autocast(x, weight, bias)
     _check_encoder(x, weight, bias)
-    k = operator.index(k)
+    k = as_int("k", k)
     if not 1 <= k <= weight.shape[0]:
         raise ValueError(f"k must be 1 to n_features ({weight.shape[0]}), got {k}")
     x, weight, bias = _detached(x, weight, bias)

@@ -7,7 +7,6 @@ the result's `dropped_share` is the share of squared norm that it did not keep.
 from __future__ import annotations
 
 import hashlib
-import operator
 from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .encoding import EncodedActivations, check_matrix, encode
+from .encoding import EncodedActivations, as_int, check_matrix, encode
 
 
 @runtime_checkable
@@ -50,12 +49,7 @@ class topk:
     """
 
     def __init__(self, k: int) -> None:
-        if isinstance(k, bool):
-            raise TypeError("k must be an int, got a bool")
-        try:
-            self.k = operator.index(k)
-        except TypeError:
-            raise TypeError(f"k must be an int, got {k!r} of type {type(k).__name__}") from None
+        self.k = as_int("k", k)
         if self.k < 1:
             raise ValueError(f"k must be at least 1, got {self.k}")
 

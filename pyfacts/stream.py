@@ -58,8 +58,7 @@ class ActivationStream:
         stop_early: bool = False,
         saes: Mapping[HookPoint, SparseAutoencoder] | None = None,
     ) -> None:
-        if select is not None and (isinstance(select, type) or not isinstance(select, Select)):
-            raise TypeError(f"select must be pyfacts.topk(k), pyfacts.min_abs(theta) or alike, got {select!r}")
+        check_select(select)
         if token_mask is not None and not isinstance(token_mask, Tensor | Mapping) and not callable(token_mask):
             raise TypeError(f"token_mask must be a tensor, a dict of tensors or a callable, got {token_mask!r}")
         streams = {point.stream for point in (*points, *(saes or ()))}
@@ -248,6 +247,12 @@ class ActivationStream:
         return self.saes[point]
 
 
+def check_select(select: Any) -> None:
+    """Raises TypeError unless this is what `select=` takes."""
+    if select is not None and (isinstance(select, type) or not isinstance(select, Select)):
+        raise TypeError(f"select must be pyfacts.topk(k), pyfacts.min_abs(theta) or alike, got {select!r}")
+
+
 # ---- modules and tensors ---------------------------------------------------------------------------------------------
 
 
@@ -336,6 +341,11 @@ def _check(point: HookPoint, value: Any, sae: SparseAutoencoder | None) -> Tenso
         raise TypeError(
             f"{point.name}: {side} is {value.dtype}; activations must be float32, bfloat16 or float16: run the model "
             "in one of these"
+        )
+    if value.is_nested:
+        raise TypeError(
+            f"{point.name}: {side} is a nested tensor, without padding, whose rows pyfacts cannot place: make the "
+            "nn.TransformerEncoder with enable_nested_tensor=False"
         )
     if value.dim() == 0:
         raise ValueError(f"{point.name}: {side} is a single number, not a row per token")

@@ -153,8 +153,11 @@ class Tokens:
         if mask is None:
             return None
         rows, last = mask.shape[0], self.past + self.length
-        if mask.dim() == 4 and rows in (1, self.batch) and mask.shape[2] == self.length and mask.shape[3] >= last:
-            itself = mask[:, 0, :, self.past : last].diagonal(dim1=1, dim2=2)  # padding attends not even to itself
+        if mask.dim() == 4 and rows in (1, self.batch) and mask.shape[2] == self.length <= mask.shape[3]:
+            # Padding attends not even to itself. Of a window that is shorter than what came before, the last are the
+            # forward's own.
+            end = min(last, mask.shape[3])
+            itself = mask[:, 0, :, end - self.length : end].diagonal(dim1=1, dim2=2)
             return (itself if itself.dtype == torch.bool else itself == 0).expand(self.batch, -1)
         if mask.dim() == 2 and rows == self.batch and mask.shape[1] in (self.length, last):
             return mask[:, -self.length :] != 0
@@ -218,6 +221,10 @@ class Tokens:
 def join(parts: Sequence[Activations]) -> Activations:
     """Stack encodings, or tensors of rows, by token."""
     if isinstance(parts[0], Tensor):
+        if len({part.dtype for part in parts}) > 1:
+            raise ValueError(
+                f"rows of {parts[0].dtype} and of another dtype cannot be joined: run one forward a capture"
+            )
         return parts[0] if len(parts) == 1 else torch.cat(parts)  # type: ignore[arg-type]
     return cat(parts)  # type: ignore[arg-type]
 

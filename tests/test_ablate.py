@@ -133,7 +133,7 @@ def test_compiled_model():
         ({HOOK: 3}, 0.0, TypeError, "list of integers, got 3"),
         ({HOOK: [False] * 39 + [True]}, 0.0, TypeError, "list of integers, got .False"),
         ({"blocks.1.mlp.hook_pst": [1]}, 0.0, ValueError, r"Close matches.*blocks\.1\.mlp\.hook_post"),
-        ({}, 0.0, ValueError, "empty"),
+        ({}, 0.0, ValueError, "indices is empty"),
         ([HOOK], 0.0, TypeError, "dict"),
         ({HOOK: [1]}, "0", TypeError, "value must be a number"),
         ({"blocks.1.hook_resid_mid": [1]}, 0.0, ValueError, "would not reach the rest of the stream"),

@@ -410,6 +410,38 @@ def test_output_that_is_no_tensor():
         model(tiny.tokens())
 
 
+def test_an_open_capture_is_not_opened_again(model):
+    """Nor does the attempt leave hooks behind."""
+    opened = capture(model, "blocks.1.mlp.hook_post", select=pyfacts.topk(3))
+    with opened as cache:
+        with pytest.raises(RuntimeError, match="open already"), opened:
+            pass
+        model(tiny.tokens())
+    assert len(cache["blocks.1.mlp.hook_post"]) == 14
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    with opened:  # afterwards it may
+        model(tiny.tokens())
+
+
+def test_rows_of_two_dtypes_are_not_mixed(model):
+    with capture(model, "blocks.0.hook_attn_out") as cache:
+        model(tiny.tokens())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model(tiny.tokens())
+    with pytest.raises(ValueError, match="another dtype cannot be joined"):
+        cache["blocks.0.hook_attn_out"]
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor", "ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_refused():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 1).eval()
+    padding = torch.tensor([[False, False, True], [False, False, False]])
+    for context in (capture(encoder, "layers.0"), pyfacts.ablate(encoder, {"layers.0": [1]})):
+        with pytest.raises(TypeError, match="nested tensor"), torch.inference_mode(), context:
+            encoder(torch.randn(2, 3, 8), src_key_padding_mask=padding)
+
+
 @pytest.mark.parametrize("arguments", [{"select": 3}, {"select": pyfacts.topk}, {"token_mask": 3}])
 def test_bad_arguments(model, arguments):
     with pytest.raises(TypeError, match=next(iter(arguments))):

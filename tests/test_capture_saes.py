@@ -233,6 +233,17 @@ class TestErrors:
         with pytest.raises(ValueError, match=r"'blocks\.1\.hook_resid_pr'.*Close matches: blocks\.1\.hook_resid_pre"):
             pyfacts.capture(model, saes={"blocks.1.hook_resid_pr": TinySae(16)})
 
+    def test_another_hook_than_it_was_trained_on(self, model: nn.Module, recwarn: pytest.WarningsRecorder) -> None:
+        """All widths of the residual stream are the same: only the checkpoint tells."""
+        for hook in (RESID, "model.decoder.layers.1", "of another library"):
+            sae = TinySae(16)
+            sae.hook_name = hook
+            pyfacts.capture(model, saes={RESID: sae})
+        assert not recwarn
+        sae.hook_name = "blocks.0.hook_resid_pre"
+        with pytest.warns(UserWarning, match=f"the SAE at {RESID} was trained on blocks.0.hook_resid_pre"):
+            pyfacts.capture(model, saes={RESID: sae})
+
     def test_no_saes(self, model: nn.Module) -> None:
         with pytest.raises(TypeError, match="blocks.1.hook_resid_pre.*d_sae.*got Linear"):
             pyfacts.capture(model, saes={RESID: nn.Linear(16, 3)})

@@ -172,6 +172,24 @@ def test_a_static_cache_keeps_padding_out_too(make):
     torch.testing.assert_close(*(cache[NEURONS[1]].to_dense() for cache in caches), rtol=1e-4, atol=1e-5)
 
 
+def test_a_static_cache_whose_window_is_shorter_than_the_text():
+    """Its masks are as wide as the window, and end with the forward's own tokens."""
+    model = tiny.llama_like("Mistral", sliding_window=8)
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[0, :3] = 0
+    with pyfacts.capture(model, NEURONS[1], select=pyfacts.topk(3)) as cache:
+        model.generate(
+            tiny.tokens(2, 12),
+            attention_mask=mask,
+            max_new_tokens=4,
+            min_new_tokens=4,
+            do_sample=False,
+            cache_implementation="static",
+        )
+    expected = [*mask.nonzero().tolist(), *([s, p] for p in (12, 13, 14) for s in (0, 1))]
+    assert cache.positions.tolist() == expected
+
+
 # ---- a hook that is called several times in a forward ----------------------------------------------------------------
 
 

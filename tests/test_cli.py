@@ -3,7 +3,10 @@
 import contextlib
 import io
 import json
+import os
 import pydoc_data.topics
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -54,6 +57,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, model in (("opt", opt), ("gpt2", gpt2)):
         model.save_pretrained(root / name)
         fast.save_pretrained(root / name)
+    shutil.copytree(root / "opt", root / "damaged-opt")
+    os.truncate(root / "damaged-opt" / "model.safetensors", 1000)
     lines = [TEXT[start : start + 600] for start in range(0, len(TEXT), 600)]
     (root / "text.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
     (root / "empty.txt").write_text("")
@@ -134,6 +139,27 @@ def test_verify_tells_sound_from_damaged(run: Run, work: Path) -> None:
     assert done.returncode == 1 and shard.name in done.stderr and "Traceback" not in done.stderr
 
 
+def test_hooks_by_a_pattern(run: Run, work: Path) -> None:
+    done = run("dump", "opt", "text.jsonl", "rows", "--context-size", "32", "--hooks", "blocks.*.hook_resid_p[or]*")
+    assert done.returncode == 0, done.stderr
+    names = [f"blocks.{i}.hook_resid_{place}" for i in range(2) for place in ("pre", "post")]
+    assert pyfacts.open_dump(work / "rows").hook_names == names
+
+
+def test_top_says_what_is_missing(run: Run, work: Path) -> None:
+    """The tokenizer, and tokens that are not committed yet."""
+    shutil.copytree(work / "out", work / "half")
+    max((work / "half").glob("0*.json")).unlink()
+    (work / "opt").rename(work / "moved")
+    try:
+        done = run("top", "half", "blocks.1.mlp.hook_post", "5", "-k", "1")
+    finally:
+        (work / "moved").rename(work / "opt")
+    assert done.returncode == 0
+    assert "no tokenizer in opt: token ids are shown" in done.stderr
+    assert re.search("incomplete: of the [0-9,]+ tokens that are committed", done.stderr)
+
+
 def test_top_marks_the_firing_token(run: Run, work: Path) -> None:
     hook = "blocks.1.mlp.hook_post"
     done = run("top", "out", hook, "5", "-k", "3", "--window", "6")
@@ -200,6 +226,8 @@ def test_latents_of_a_checkpoint(run: Run, work: Path) -> None:
         (["dump", "gpt2", "text.jsonl", "x"], 2, "--topk"),
         (["dump", "opt", "text.jsonl", "x", "--context-size", "65"], 2, "--context-size 64"),
         (["dump", "opt", "text.jsonl", "x", "--sae", "blocks.0.hook_resid_pre"], 2, "HOOK=PATH"),
+        (["dump", "damaged-opt", "text.jsonl", "x"], 2, "damaged-opt cannot be loaded: SafetensorError"),
+        (["dump", "opt", "text.jsonl", "x", "--hooks", "blocks.*.hook_rsid_post"], 2, "chose none of the model's"),
         (["info", "nowhere"], 1, "is no dump"),
         (["verify", "opt"], 1, "is no dump"),
         (["top", "out", "blocks.0.mlp.hook_pst", "5"], 2, "blocks.0.mlp.hook_post"),
@@ -238,6 +266,22 @@ def test_an_interrupted_dump_says_how_to_resume_and_does(work: Path, signum: int
     assert 0 < d.n_tokens_committed < d.n_tokens
     assert pyfacts_command(work)(*arguments).returncode == 0
     assert pyfacts.open_dump(out).verify().complete
+
+
+def test_ctrl_c_while_a_model_is_imported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """transformers then says that it could not import it."""
+
+    def interrupted() -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise ModuleNotFoundError("Could not import module 'OPTForCausalLM'") from error
+
+    monkeypatch.setattr(cli, "app", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    said = capsys.readouterr().err
+    assert stopped.value.code == 130 and "interrupted; to resume: pyfacts" in said and "install" not in said
 
 
 @pytest.mark.parametrize("command", ["dump", "info", "verify", "top", "demo", "bench"])

@@ -1,6 +1,7 @@
 """Dumps against plain PyTorch hooks: what goes in comes out, by token, by neuron, by value, shuffled."""
 
 import json
+import math
 import pickle
 import shutil
 import struct
@@ -15,7 +16,7 @@ from dump_models import CONTEXT, HOOKS, WIDTH, TinyModel, committed_bytes, hooke
 from safetensors import safe_open
 
 import pyfacts
-from pyfacts.dump import DumpError, layout, open_dump, reader
+from pyfacts.dump import DumpError, layout, open_dump, reader, run
 from pyfacts.dump.run import dump
 from pyfacts.select import min_abs, topk
 
@@ -102,6 +103,24 @@ class TestReading:
             expected = sorted(((i, v) for i, v in enumerate(column.tolist()) if v), key=lambda p: (-p[1], p[0]))[:k]
             assert dumped[HOOKS[1]].top_tokens(j, k) == expected
 
+    @pytest.mark.parametrize("shard_tokens", [1, 100])
+    def test_top_tokens_of_negative_and_infinite_values(self, shard_tokens, tmp_path):
+        """In however many shards."""
+
+        class Table(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.embed, self.down = torch.nn.Embedding(4, 1), torch.nn.Linear(1, 1)
+                self.embed.weight.data[:] = torch.tensor([[5.0], [-math.inf], [3.0], [-2.0]])
+
+            def forward(self, ids):
+                return self.down(self.embed(ids))
+
+        ids = torch.arange(4)[:, None]
+        d = dump(Table(), ids, tmp_path, "down", batch_size=1, shard_tokens=shard_tokens, allow_dense=True)
+        assert d["down"].top_tokens(0) == [(0, 5.0), (2, 3.0), (3, -2.0)]
+        assert list(d) == ["down"]
+
     def test_statistics_are_read_once_for_all_neurons(self, dumped, monkeypatch):
         """Also of a dump of more shards than files stay open."""
         monkeypatch.setattr(reader, "OPEN_FILES", 1)
@@ -141,6 +160,28 @@ class TestReading:
             assert c.start == low and (c.document, c.position) == divmod(c.token_index, CONTEXT)
             assert torch.equal(c.token_ids, ids.reshape(-1)[low:high])
             assert torch.equal(c.values, column[low:high])
+
+    @pytest.mark.parametrize("text", [False, True])
+    def test_contexts_end_with_what_the_model_saw(self, text, tmp_path, monkeypatch):
+        """Of a document that was cut, one piece: as told, or, for text, what the model takes."""
+        monkeypatch.setattr(run, "default_context", lambda module: 5)
+        words = [[str(i) for i in range(k, k + 10)] for k in (0, 20)]
+        given = [" ".join(document) for document in words] if text else [list(map(int, document)) for document in words]
+        d = dump(
+            TinyModel(),
+            given,
+            tmp_path,
+            names_filter=HOOKS,
+            context_size=None if text else 5,
+            tokenizer=lambda texts: {"input_ids": [list(map(int, document.split())) for document in texts]},
+        )
+        assert d.plan["tokens"]["context_size"] == 5
+        contexts = d.contexts(HOOKS[0], 7, k=100, window=12)
+        assert contexts
+        for c in contexts:
+            piece = c.position - c.position % 5
+            assert set(c.token_ids.tolist()) <= {20 * c.document + piece + i for i in range(5)}
+            assert c.start == max(c.token_index - 6, 10 * c.document + piece)
 
     def test_verify(self, dumped):
         report = dumped.verify()

@@ -310,6 +310,18 @@ def test_a_streaming_data_set_after_a_map(ids, tmp_path):
 
 
 class TestBadInput:
+    @pytest.mark.parametrize("argument", ["batch_size", "shard_tokens", "context_size"])
+    @pytest.mark.parametrize(("value", "error"), [(2.5, TypeError), ("8", TypeError), (0, ValueError)])
+    def test_sizes(self, argument, value, error, tmp_path):
+        with pytest.raises(error, match=f"{argument} must be"):
+            dump(TinyModel(), tokens(4), tmp_path / "out", HOOKS, **{argument: value})
+        assert not (tmp_path / "out").exists()
+
+    def test_sizes_of_numpy_and_a_select_that_is_none(self, tmp_path):
+        assert dump(TinyModel(), tokens(4), tmp_path / "out", HOOKS, batch_size=np.int64(2)).complete
+        with pytest.raises(TypeError, match="select must be"):
+            dump(TinyModel(), tokens(4), tmp_path / "out", HOOKS, select=5)
+
     def test_a_mapping_of_something_else(self, tmp_path):
         with pytest.raises(ValueError, match=r"the mapping has the fields train, test; one of input_ids"):
             read({"train": [[1]], "test": [[2]]}, tmp_path)
@@ -335,6 +347,8 @@ class TestBadInput:
             ([[1, -2]], ValueError, "-2"),
             ([[1, 1 << 40]], ValueError, "1099511627776"),
             (["some text"], ValueError, "tokenizer"),
+            ({"input_ids": [[-4294967291, 7]]}, ValueError, "-4294967291"),
+            ({"input_ids": [[1, 2, 3]], "attention_mask": [[1, 1]]}, ValueError, "must be shaped like"),
             (7, TypeError, "int"),
             ("nowhere.jsonl", ValueError, "nowhere"),
         ],
@@ -353,10 +367,14 @@ class TestBadInput:
             ("x.jsonl", "[1]", "no JSON object"),
             ("x.jsonl", '{"body": "w1"}', "fields body; one of .*text"),
             ("x.csv", "1,2", "unknown kind"),
+            ("x.jsonl", '{"text": "w1"}\n\n{"text": null}', r"'text' is null in line 3 of .*x\.jsonl"),
+            ("x.jsonl", '{"text": "w1 é"}', r"x\.jsonl is not in UTF-8"),
+            ("x.txt", "w1 é", r"x\.txt is not in UTF-8"),
+            ("x.jsonl", '{"input_ids": [1, 2, 3], "attention_mask": [1, 1]}', "a row of 3 ids has .* of 2"),
         ],
     )
     def test_files(self, name, content, message, tokenizer, tmp_path):
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).write_text(content, encoding="latin-1")
         with pytest.raises(ValueError, match=message):
             dump(opt(), tmp_path / name, tmp_path / "out", tokenizer=tokenizer)
         assert not (tmp_path / "out").exists()

@@ -2,8 +2,10 @@
 of an undisturbed dump."""
 
 import errno
+import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,6 +110,18 @@ def test_a_finished_dump_is_not_computed_again(tmp_path):
     before, forwards = committed_bytes(tmp_path), model.forwards
     assert dump(model, tokens(100), tmp_path, **ARGUMENTS).complete
     assert model.forwards == forwards and committed_bytes(tmp_path) == before
+
+
+def test_a_committed_shard_that_is_gone(undisturbed, tmp_path):
+    """It is said what to do, and that helps."""
+    resume(tmp_path)
+    record = tmp_path / "00001.json"
+    shutil.rmtree(tmp_path / json.loads(record.read_text())["directory"])
+    with pytest.raises(DumpError, match="shard 1 was committed, and .*delete this record"):
+        resume(tmp_path)
+    record.unlink()
+    resume(tmp_path)
+    assert committed_bytes(tmp_path) == undisturbed
 
 
 class TestDisk:

@@ -187,6 +187,7 @@ def test_refused_values(changes, message):
 @pytest.mark.parametrize(
     "changes, message",
     [
+        ({"activation": "topk", "k": 2.0}, "k must be an int, got 2.0"),
         ({"W_enc": torch.zeros(D_IN, D_SAE, dtype=torch.float64)}, "W_enc must be float32, bfloat16 or float16"),
         ({"b_dec": torch.zeros(D_IN, dtype=torch.float16)}, "b_dec must have the dtype of W_enc"),
         ({"b_enc": [0.0] * D_SAE}, "b_enc must be a torch.Tensor, got list"),

@@ -11,9 +11,17 @@ from torch import Tensor, nn
 
 from .. import _library, cuda
 from ..attach import SaesByHook, SparseAutoencoder, resolve_captured
+from ..encoding import as_int
 from ..models import HookPoint, unwrap
 
 MAX_DEFAULT_CONTEXT = 2048
+
+
+def at_least_one(name: str, value: Any) -> int:
+    number = as_int(name, value)
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1, got {number}")
+    return number
 
 
 def load_model(model: Any) -> tuple[nn.Module, str | None]:
@@ -21,7 +29,7 @@ def load_model(model: Any) -> tuple[nn.Module, str | None]:
 
     Raises:
         TypeError: model is neither.
-        ValueError: it does not fit the device.
+        ValueError: it is damaged, or does not fit the device.
     """
     if isinstance(model, nn.Module):
         return model, None
@@ -33,7 +41,13 @@ def load_model(model: Any) -> tuple[nn.Module, str | None]:
     config = transformers.AutoConfig.from_pretrained(name)
     causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
-    module, device = auto.from_pretrained(name, dtype="auto"), default_device()
+    try:
+        module = auto.from_pretrained(name, dtype="auto")
+    except (OSError, ValueError, ImportError):
+        raise
+    except Exception as error:  # what its weights' readers raise at a damaged file is anything
+        raise ValueError(f"{name} cannot be loaded: {type(error).__name__}: {error}") from error
+    device = default_device()
     try:
         return module.to(device), name
     except torch.OutOfMemoryError:

@@ -1,11 +1,12 @@
 """Documents out of files and data sets: text to tokenise, or token ids, one after another and never all in memory."""
 
+import contextlib
 import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -110,14 +111,23 @@ def _mapping(columns: Mapping[str, Any]) -> list[Document]:
     return without_padding(f"tokens[{field!r}]", columns[field], columns)
 
 
+@contextlib.contextmanager
+def _utf8(path: Path) -> Iterator[TextIO]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            yield file
+    except UnicodeDecodeError as error:
+        raise ValueError(f"tokens: {path} is not in UTF-8: {error}") from error
+
+
 def _text(path: Path) -> Iterator[str]:
-    with open(path, encoding="utf-8") as file:
+    with _utf8(path) as file:
         while piece := file.read(TEXT_PIECE_CHARS):
             yield piece + file.readline()
 
 
 def _json_lines(path: Path) -> Iterator[Document]:
-    with open(path, encoding="utf-8") as file:
+    with _utf8(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -166,6 +176,8 @@ def _dataset(rows: Any, name: str) -> Iterator[Document]:
 def _row(row: Mapping[str, Any], where: str) -> Document:
     """The document of one row; a number called `tokens` is none."""
     field = _field((name for name, value in row.items() if not isinstance(value, int | float)), where)
+    if row[field] is None:
+        raise ValueError(f"tokens: {field!r} is null in {where}: leave such rows out, or give them an empty text")
     return _unmasked(row[field], row.get("attention_mask"))
 
 
@@ -183,4 +195,6 @@ def _unmasked(document: Document, attention_mask: Sequence[int] | None = None) -
     """Drops padding that a data set was saved with: batches are padded anew."""
     if attention_mask is None or isinstance(document, str):
         return document
+    if len(attention_mask) != len(document):
+        raise ValueError(f"tokens: a row of {len(document)} ids has an attention_mask of {len(attention_mask)}")
     return np.asarray(document)[np.asarray(attention_mask, dtype=bool)]

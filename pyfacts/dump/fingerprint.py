@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
 from torch import nn
@@ -83,6 +84,8 @@ def plain(value: Any) -> Any:
         return str(value)
     if value is None or isinstance(value, bool | int | float | str):
         return json.loads(json.dumps(value))
+    if isinstance(value, np.generic):
+        return plain(value.item())
     if isinstance(value, set | frozenset):
         return sorted(map(str, value))
     return str(value) if isinstance(value, torch.dtype | torch.device) else type(value).__name__

@@ -44,6 +44,7 @@ class Tokens:
         document, first_position: int64 [n_sequences], the document that a sequence was cut from, and where it begins in
             it.
         mask: bool [n], the tokens to capture; or a function of one sequence's ids; or None for all.
+        context_size: how many tokens documents were cut after; None if they were not.
     """
 
     ids: np.ndarray
@@ -52,6 +53,7 @@ class Tokens:
     document: np.ndarray
     first_position: np.ndarray
     mask: np.ndarray | MaskFunction | None
+    context_size: int | None
 
     @property
     def n_sequences(self) -> int:
@@ -148,8 +150,6 @@ def read_tokens(
     Raises:
         ValueError, TypeError: the source is empty, of another shape or dtype, or does not fit `token_mask`.
     """
-    if context_size is not None and context_size < 1:
-        raise ValueError(f"context_size must be at least 1, got {context_size}")
     array = _as_array(source)
     opened = read_documents(source) if array is None else array
     if isinstance(opened, np.ndarray):
@@ -165,7 +165,7 @@ def read_tokens(
     if isinstance(source, Mapping) and hasattr(token_mask, "__len__"):
         token_mask = without_padding("token_mask", token_mask, source)
     mask = token_mask if callable(token_mask) else _flat_mask(token_mask, lengths)
-    return Tokens(flat, *_cut(lengths, context_size), mask)
+    return Tokens(flat, *_cut(lengths, context_size), mask, context_size)
 
 
 def _as_array(source: Any) -> np.ndarray | None:
@@ -194,7 +194,9 @@ def _flatten(array: np.ndarray, context_size: int | None) -> tuple[np.ndarray, n
     if array.ndim not in (1, 2):
         raise ValueError(f"tokens must be [n_sequences, pos] or [n], got shape {array.shape}")
     if array.ndim == 1 and context_size is None:
-        raise ValueError(f"tokens are one stream of {array.size}: say context_size=, the tokens of a sequence")
+        raise ValueError(
+            f"tokens are one stream of {array.size}: say context_size= (--context-size), the tokens of a sequence"
+        )
     lengths = np.array([array.size]) if array.ndim == 1 else np.full(array.shape[0], array.shape[1])
     return array.reshape(-1), lengths.astype(np.int64)
 
@@ -206,8 +208,9 @@ def _spool(documents: Iterator[np.ndarray], directory: Path) -> tuple[np.ndarray
     with open(path, "x+b") as file:
         path.unlink()
         for number, ids in enumerate(documents):
-            if ids.size and int(ids.max()) >= 2**31:
-                raise ValueError(f"tokens: document {number} holds the token id {ids.max()}, which no vocabulary has")
+            if ids.size and max(int(ids.max()), -int(ids.min())) >= 2**31:
+                worst = ids[np.abs(ids).argmax()]
+                raise ValueError(f"tokens: document {number} holds the token id {worst}, which no vocabulary has")
             file.write(ids.astype(np.int32).tobytes())
             lengths.append(ids.size)
         file.flush()

@@ -125,6 +125,9 @@ class Dump:
     def __contains__(self, hook: object) -> bool:
         return hook in self._hooks
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.hook_names)
+
     def __getitem__(self, hook: str) -> "DumpedHook":
         if hook not in self._hooks:
             close = difflib.get_close_matches(str(hook), self._hooks, n=3, cutoff=0.5) or self.hook_names[:3]
@@ -148,7 +151,7 @@ class Dump:
 
         Args:
             window: tokens of a context: up to half of them before the firing one, the rest after it; fewer at the ends
-                of a document.
+                of a sequence, beyond which the model saw nothing.
         """
         if window < 1:
             raise ValueError(f"window must be at least 1, got {window}")
@@ -270,7 +273,7 @@ class Dump:
         return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
 
     def _around(self, token: int, start: int, stop: int) -> tuple[int, int, tuple[np.ndarray, ...]]:
-        """Shrinks [start, stop) to committed neighbours of a token in its document; and reads their tokens."""
+        """Shrinks [start, stop) to committed neighbours of a token in its sequence; and reads their tokens."""
         starts = self._plan.token_starts
         low = high = self._plan_shard(token)
         while low - 1 in self._records and starts[low] > start:
@@ -279,7 +282,11 @@ class Dump:
             high += 1
         start, stop = max(start, starts[low]), min(stop, starts[high + 1])
         tokens = self._read_tokens(start, stop)
-        same = tokens[0] == tokens[0][token - start]
+        document, position, _ = tokens
+        same = document == document[token - start]
+        size = self._plan.tokens.get("context_size")
+        if isinstance(size, int) and size > 0:  # the document was cut, and the model saw one piece at a time
+            same &= position // size == position[token - start] // size
         first = start + int(same.argmax())
         last = start + len(same) - int(same[::-1].argmax())
         return first, last, tuple(array[first - start : last - start] for array in tokens)
@@ -399,8 +406,8 @@ class DumpedHook:
     def top_tokens(self, j: int, k: int = 20) -> list[tuple[int, float]]:
         """Returns the k largest stored values of neuron j as (token index, value), largest first.
 
-        Exact; equal values in the order of their tokens; NaN does not count. Shards are read in descending order of
-        their maximum until none can hold a larger value.
+        Exact; equal values in the order of their tokens; NaN and -infinity do not count. Shards are read in descending
+        order of their maximum until none can hold a larger value.
         """
         j = self._feature(j)
         if k < 1:
@@ -412,8 +419,8 @@ class DumpedHook:
             if maximum == -np.inf or (len(best) == k and maximum < best[0][0]):
                 break
             tokens, values = self._neuron_in(shard, j)
-            real = ~np.isnan(values)
-            tokens, values = tokens[real], values[real]
+            counted = values > -np.inf
+            tokens, values = tokens[counted], values[counted]
             for i in np.lexsort((tokens, -values))[:k].tolist():
                 item = (float(values[i]), -int(tokens[i]))
                 if len(best) < k:

@@ -33,7 +33,7 @@ class FeatureStats:
 
 @dataclass(frozen=True)
 class Context:
-    """A token at which a neuron fires, and the tokens around it in the same document.
+    """A token at which a neuron fires, and the tokens around it in the same sequence.
 
     Attributes:
         token_index: the token's index in the dump.

@@ -16,9 +16,10 @@ from .. import __version__
 from ..attach import SaesByHook
 from ..capture import DENSE_ABOVE
 from ..encoding import EncodedActivations, human_bytes
-from ..stream import ActivationStream
+from ..stream import ActivationStream, check_select
 from . import files, layout
 from .arguments import (
+    at_least_one,
     check_lengths,
     check_vocabulary,
     default_context,
@@ -126,9 +127,9 @@ def dump(
     """
     if codec not in layout.CODECS:
         raise ValueError(f"codec must be one of {', '.join(layout.CODECS)}, got {codec!r}")
-    for argument, value in (("batch_size", batch_size), ("shard_tokens", shard_tokens)):
-        if value < 1:
-            raise ValueError(f"{argument} must be at least 1, got {value}")
+    batch_size, shard_tokens = at_least_one("batch_size", batch_size), at_least_one("shard_tokens", shard_tokens)
+    context_size = None if context_size is None else at_least_one("context_size", context_size)
+    check_select(select)
     rank, world_size = worker(rank, world_size)
     module, name = load_model(model)
     points, latents = dumped_points(module, names_filter, saes)
@@ -148,10 +149,10 @@ def dump(
         plan = Plan(
             model=describe_model(module, name),
             tokens={
+                "context_size": source.context_size,
                 "n_sequences": source.n_sequences,
                 "n_input_tokens": int(source.length.sum()),
                 "n_tokens": int(survey.captured.sum()),
-                "context_size": context_size,
                 "highest_id": survey.highest_id,
                 "xxh3": survey.xxh3,
                 "tokenizer": getattr(tokenizer, "name_or_path", None) or name,
@@ -358,7 +359,14 @@ class _Run:
         for shard in range(self._plan.n_shards):
             if not self._committed(shard):
                 continue
-            record = ShardRecord.from_file(record_path(self._root, shard), self._plan, shard)
+            path = record_path(self._root, shard)
+            record = ShardRecord.from_file(path, self._plan, shard)
+            if not (self._root / record.directory).is_dir():
+                raise DumpError(
+                    f"shard {shard} was committed, and its directory {record.directory} is gone: delete this record, "
+                    "and dump again to compute it anew",
+                    path=path,
+                )
             kept = {record.tokens_file.file, *(file.file for file in record.hook_files.values())}
             for path in self._root.glob(f"{shard_name(shard)}-*"):
                 if path.name != record.directory:

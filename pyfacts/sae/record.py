@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..encoding import DTYPES, EncodedActivations
+from ..encoding import DTYPES, EncodedActivations, as_int
 from ..linear import linear_batch_topk_encode, linear_relu_encode, linear_topk_encode, sparse_linear
 from .input_norm import INPUT_NORMS, row_norm
 from .metrics import SAEMetrics, measure
@@ -276,8 +276,10 @@ class SAE:
             raise ValueError("a threshold goes with activation 'jumprelu', and with no other: " + self._given())
         if (self.k is not None) != (self.activation in ("topk", "batch_topk")):
             raise ValueError("k goes with activation 'topk' and 'batch_topk', and with no other: " + self._given())
-        if self.k is not None and not 1 <= self.k <= self.d_sae:
-            raise ValueError(f"k must be 1 to d_sae ({self.d_sae}), got {self.k}")
+        if self.k is not None:
+            self.k = as_int("k", self.k)
+            if not 1 <= self.k <= self.d_sae:
+                raise ValueError(f"k must be 1 to d_sae ({self.d_sae}), got {self.k}")
         if self.threshold is not None and self.threshold.isnan().any():
             j = int(self.threshold.isnan().nonzero()[0])
             raise ValueError(f"threshold must not be NaN, and that of latent {j} is")
