@@ -23,6 +23,23 @@ class Line:
     aim: str = ""
     rates: str = ""  # in bytes of the dense matrix
 
+    def marked(self) -> tuple[str, str]:
+        """The cells, with a mark at those that are short of their aim: one for both, or one for each."""
+        aims = self.aim.split(" and ")
+        bfloat16, float32 = (
+            f"{cell} ✗" if misses(cell, aim) else cell for cell, aim in zip(self.cells, aims * 2, strict=False)
+        )
+        return bfloat16, float32
+
+
+def misses(cell: str, aim: str) -> bool:
+    """Whether a number of the cell is on the wrong side of the aim, such as "≥ 20x"."""
+    relation, _, bound = aim.partition(" ")
+    values, bounds = ([float(number) for number in re.findall(r"\d+(?:\.\d+)?", text)] for text in (cell, bound))
+    if relation not in ("≥", "≤", ">") or not values:
+        return False
+    return max(values) > bounds[0] if relation == "≤" else min(values) < bounds[0]
+
 
 def documents(machines: Sequence[Figures], root: Path) -> dict[Path, str]:
     """The files that show figures, with their text."""
@@ -41,8 +58,8 @@ def summary(machines: Sequence[Figures]) -> str:
     names = [chr(ord("A") + i) for i in range(len(machines))]
     lines = [
         "4,096 tokens by 16,384 neurons on one core unless said otherwise; 1.5x is one and a half times the speed of",
-        "the peer in the same process; medians of alternating calls, of three processes the middle one. What has no",
-        "aim, and the rates: [bench/RESULTS.md](bench/RESULTS.md).",
+        "the peer in the same process; medians of alternating calls, of three processes the middle one. ✗ is short of",
+        "its aim. What has no aim, and the rates: [bench/RESULTS.md](bench/RESULTS.md).",
         "",
         *(f"- {name}: {about(figures['machine'])}" for name, figures in zip(names, machines, strict=True)),
     ]
@@ -52,7 +69,7 @@ def summary(machines: Sequence[Figures]) -> str:
         {(line.measure, line.beside): line for line in speed(Rows(figures)) if line.aim} for figures in machines
     ]
     for key, line in by_machine[0].items():
-        cells = [cell for found in by_machine for cell in (found[key].cells if key in found else ("–", "–"))]
+        cells = [cell for found in by_machine for cell in (found[key].marked() if key in found else ("–", "–"))]
         lines.append(cells_of([line.measure, *cells, line.aim, line.beside]))
     return "\n".join([*lines, "", sizes(Rows(machines[0]))]) + "\n"
 
@@ -68,7 +85,7 @@ def results(machines: Sequence[Figures]) -> str:
         parts += ["", f"## {about(figures['machine'])}", ""]
         parts += head(["", *DTYPES, "GB/s of dense bytes", "aim", "beside"])
         parts += [
-            cells_of([line.measure, *line.cells, line.rates, line.aim, line.beside]) for line in speed(Rows(figures))
+            cells_of([line.measure, *line.marked(), line.rates, line.aim, line.beside]) for line in speed(Rows(figures))
         ]
         parts += ["", sizes(Rows(figures))]
     return "\n".join(parts) + "\n"

@@ -254,7 +254,13 @@ def _layout(block: nn.Module) -> dict[str, str]:
         return _pre_norm("self_attn", "self_attn_layer_norm", "fc2") | {"hook_mlp_in": "fc1"}  # OPT-350M, like BERT
     if children[:1] == ["attn"]:
         return {}  # GPT-1 has GPT-2's names and puts its norms after the sums
-    return next((dict(rows) for names, rows in LAYOUTS if names == set(children)), {})
+    return next((dict(rows) for names, rows in LAYOUTS if names == set(children) and _has_all(block, rows)), {})
+
+
+def _has_all(block: nn.Module, rows: dict[str, str]) -> bool:
+    """Whether the modules exist: MPNet's and RoBERTa-PreLayerNorm's blocks have BERT's names, and others inside."""
+    paths = {path for path, _ in block.named_modules()}
+    return all(path.removesuffix(":output") in paths for path in rows.values())
 
 
 def _t5_layout(block: nn.Module) -> dict[str, str]:

@@ -370,6 +370,10 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
+_CROSS_ATTENDED = re.compile(r"(EncDecAttention|encoder_attn|cross_?att\w*)(\.\w+)*\.(k|v|k_proj|v_proj|key|value)$")
+"""What a decoder computes of the encoder's states: T5's, BART's, BERT's."""
+
+
 # --- one name --------------------------------------------------------------------------------------------------------
 
 
@@ -398,6 +402,8 @@ def _resolve(model: nn.Module, survey: _Survey, name: str) -> HookPoint:
     head = getattr(model, "get_output_embeddings", None)
     if "decoder" in streams and not stream and callable(head) and module is head():
         stream = "decoder"
+    if stream == "decoder" and _CROSS_ATTENDED.search(path) and side != "output":
+        stream = "encoder"
     # Patches of an image, say, or what stands beside encoder and decoder: rows that may be nobody's tokens.
     if survey.points and (OTHER_TOWERS.search(path) or (streams and not stream)):
         stream = name

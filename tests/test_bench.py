@@ -47,7 +47,7 @@ def test_results_name_machine_peers_and_every_aim() -> None:
     assert "| encode, 3% dense | 2.00x | 2.00x | 8.0 and 8.0 | ≥ 1x | memcpy of the dense matrix |" in shown
     assert "| encode, slowest and fastest of 1 to 10% | 30x to 40x | 30x to 40x |  | ≥ 20x | `torch.nonzero` |" in shown
     assert "| encode, 50%, into fresh memory | 0.60x | 0.60x | 8.0 and 8.0 |  | memcpy into touched memory |" in shown
-    assert "|  | 1.250x the time |  | ≤ 1.05x | the forward alone, 2,048 tokens |" in shown
+    assert "|  | 1.250x the time ✗ |  | ≤ 1.05x | the forward alone, 2,048 tokens |" in shown
     assert "| MB it adds to resident memory, for 16,384 and 131,072 tokens | 10 and 11 | 10 and 11 |" in shown
     sparse_linear = "| `sparse_linear` to 768, 1% of 16,384 neurons, two cores |"
     assert f"{sparse_linear} 10x | 40x |  | ≥ 5x | `linear` of the dense matrix |" in shown
@@ -201,3 +201,25 @@ def made_up_rows():
     yield timed("capture", {"forward alone": 0.8}, n_tokens=2048, n_layers=12, density=0.039)
     for density, size in ((0.5, 2.25), (0.01, 3.4)):
         yield {"op": "bytes per value", "isa": "avx512", "density": density, "forms": {"pyfacts": size}}
+
+
+@pytest.mark.parametrize(
+    ("cell", "aim", "missed"),
+    [
+        ("0.99x", "≥ 1x", True),
+        ("1.00x", "≥ 1x", False),
+        ("13x to 21x", "≥ 20x", True),
+        ("20x to 30x", "≥ 20x", False),
+        ("0.63 of the time", "≤ 0.5", True),
+        ("0.50 of the time", "≤ 0.5", False),
+        ("4.1 GiB/s", "≥ 2 GiB/s", False),
+        ("", "> 1x", False),
+        ("5 and 6", "the same", False),
+    ],
+)
+def test_what_is_short_of_its_aim_is_marked(cell: str, aim: str, missed: bool) -> None:
+    import tables
+
+    assert tables.misses(cell, aim) == missed
+    line = tables.Line("", ("0.96 of the time", "0.81 of the time"), aim="≤ 0.95 and ≤ 0.80")
+    assert line.marked() == ("0.96 of the time ✗", "0.81 of the time ✗")

@@ -257,6 +257,15 @@ def test_the_head_has_the_decoders_tokens():
         assert cache.positions_of(name).tolist() == decoder_mask.nonzero().tolist()
 
 
+def test_what_a_decoder_computes_of_the_encoders_states_has_the_encoders_tokens():
+    model, ids = tiny.t5(), tiny.tokens()
+    attention = "decoder.block.0.layer.1.EncDecAttention"
+    with pyfacts.capture(model, [f"{attention}.k", f"{attention}.q"], select=pyfacts.topk(3)) as cache:
+        model(ids, attention_mask=MASK, decoder_input_ids=ids)
+    assert cache.positions_of(f"{attention}.k").tolist() == KEPT
+    assert len(cache[f"{attention}.q"]) == ids.numel()
+
+
 def test_what_stands_beside_encoder_and_decoder_is_not_masked():
     model, ids = tiny.t5(cls="T5ForSequenceClassification"), tiny.tokens()
     ids[:, -1] = model.config.eos_token_id

@@ -370,7 +370,10 @@ class TestBadInput:
             ("x.jsonl", '{"text": "w1"}\n\n{"text": null}', r"'text' is null in line 3 of .*x\.jsonl"),
             ("x.jsonl", '{"text": "w1 é"}', r"x\.jsonl is not in UTF-8"),
             ("x.txt", "w1 é", r"x\.txt is not in UTF-8"),
-            ("x.jsonl", '{"input_ids": [1, 2, 3], "attention_mask": [1, 1]}', "a row of 3 ids has .* of 2"),
+            ("x.jsonl", '{"input_ids": [1, 2, 3], "attention_mask": [1, 1]}', r"a row of 3 ids has .* of \(2,\)"),
+            ("x.jsonl", '{"input_ids": [1, 2, 3], "attention_mask": 1}', r"a row of 3 ids has .* of \(\)"),
+            ("x.jsonl", '{"input_ids": [[1, 2], [3]]}', r"document 0 .* flat list of token ids, got shape \(2,\)"),
+            ("x.npy", "", r"x\.npy is no array"),
         ],
     )
     def test_files(self, name, content, message, tokenizer, tmp_path):

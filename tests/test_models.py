@@ -7,6 +7,7 @@ import tiny_models as tiny
 import torch
 from torch import nn
 
+import pyfacts
 from pyfacts.models import HookPoint, hook_points, resolve_hooks, unwrap
 
 capture = importlib.import_module("pyfacts.capture").capture
@@ -263,6 +264,15 @@ def test_module_path_on_a_recognised_model():
     """A path works beside names, on Conv1D too, whose weight is transposed."""
     points = resolve_hooks(tiny.gpt2(), ["transformer.h.0.attn.c_proj", "transformer.h.1.mlp.c_fc:output"])
     assert [(p.side, p.width) for p in points] == [("input", 16), ("output", 40)]
+
+
+@pytest.mark.parametrize("kind", ["MPNet", "RobertaPreLayerNorm"])
+def test_blocks_of_berts_names_with_others_inside(kind):
+    """Every hook that is listed can be captured."""
+    model = tiny.bert(kind)
+    with pyfacts.capture(model, list(pyfacts.hook_points(model)), select=pyfacts.topk(3)) as cache:
+        model(tiny.tokens())
+    assert {name.partition(".1.")[2] for name in cache} >= {"mlp.hook_post", "hook_resid_pre", "hook_resid_post"}
 
 
 def test_not_a_model():

@@ -117,9 +117,9 @@ def t5(gated: bool = False, cls: str = "T5ForConditionalGeneration", **changes) 
     return _build("T5Config", cls, _T5 | {"feed_forward_proj": "gated-gelu" if gated else "relu"} | changes)
 
 
-def bert(**changes) -> nn.Module:
+def bert(kind: str = "Bert", **changes) -> nn.Module:
     config = {k: v for k, v in _LLAMA.items() if k not in ("num_key_value_heads", "bos_token_id", "eos_token_id")}
-    return _build("BertConfig", "BertModel", config | changes)
+    return _build(f"{kind}Config", f"{kind}Model", config | changes)
 
 
 def mixtral() -> nn.Module:

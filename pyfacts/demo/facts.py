@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure  # here, lest it be missed at the very end
 from torch import Tensor
 
 from ..ablate import ablate
@@ -288,8 +289,6 @@ def draw(
         path: where to write the PNG.
         shown: neurons of each sport on the left.
     """
-    from matplotlib.figure import Figure
-
     n = len(SPORTS)
     figure = Figure(figsize=(14, 7.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))

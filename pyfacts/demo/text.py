@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure  # here, lest it be missed at the very end
 from torch import Tensor
 
 from ..dump.reader import Dump
@@ -173,8 +174,6 @@ def context_lines(d: Dump, tokenizer: PreTrainedTokenizerFast, j: int, k: int = 
 
 def draw(density: np.ndarray, chosen: list[int], path: Path) -> None:
     """Draws how many neurons fire how often, on a logarithmic axis, with the chosen ones marked."""
-    from matplotlib.figure import Figure
-
     alive = density[density > 0]
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()

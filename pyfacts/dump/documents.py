@@ -43,7 +43,10 @@ def read_documents(source: Any) -> Iterable[Document] | np.ndarray:
         raise ValueError(f"tokens: there is no file or data set {str(path)!r}")
     readers = {".txt": _text, ".jsonl": _json_lines, ".parquet": _parquet}
     if path.suffix == ".npy":
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        try:
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        except (EOFError, ValueError) as error:
+            raise ValueError(f"tokens: {path} is no array that NumPy saved: {error}") from error
     if path.suffix not in readers:
         raise ValueError(
             f"tokens: {str(path)!r} is of an unknown kind; give .txt, .jsonl, .parquet, .npy, or the directory of a "
@@ -72,16 +75,22 @@ def token_documents(documents: Iterable[Document], load_tokenizer: Callable[[], 
         options = {"verbose": False} if hasattr(tokenizer, "model_max_length") else {}
         encoded = iter(tokenizer(texts, **options)["input_ids"] if tokenizer is not None and texts else ())
         for document in batch:
-            ids = np.asarray(next(encoded) if isinstance(document, str) else document)
-            if ids.size == 0:
-                ids = ids.astype(np.int64)
-            if ids.ndim != 1 or ids.dtype.kind not in "iu":
-                raise ValueError(
-                    f"tokens: document {number} must be text or a flat list of token ids, got shape {ids.shape} of "
-                    f"{ids.dtype}"
-                )
-            yield ids.astype(np.int64, copy=False)
+            yield _ids(next(encoded) if isinstance(document, str) else document, number)
             number += 1
+
+
+def _ids(document: Any, number: int) -> np.ndarray:
+    try:
+        ids = np.asarray(document)
+    except ValueError:  # lists of several lengths
+        ids = np.asarray(document, dtype=object)
+    if ids.size == 0:
+        ids = ids.astype(np.int64)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise ValueError(
+            f"tokens: document {number} must be text or a flat list of token ids, got shape {ids.shape} of {ids.dtype}"
+        )
+    return ids.astype(np.int64, copy=False)
 
 
 def without_padding(name: str, rows: Sequence[Any], columns: Mapping[str, Any]) -> list[Any]:
@@ -195,6 +204,6 @@ def _unmasked(document: Document, attention_mask: Sequence[int] | None = None) -
     """Drops padding that a data set was saved with: batches are padded anew."""
     if attention_mask is None or isinstance(document, str):
         return document
-    if len(attention_mask) != len(document):
-        raise ValueError(f"tokens: a row of {len(document)} ids has an attention_mask of {len(attention_mask)}")
+    if np.shape(attention_mask) != (len(document),):
+        raise ValueError(f"tokens: a row of {len(document)} ids has an attention_mask of {np.shape(attention_mask)}")
     return np.asarray(document)[np.asarray(attention_mask, dtype=bool)]
