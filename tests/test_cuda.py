@@ -1,5 +1,8 @@
 """The kernels on a GPU, against the CPU's bits; and what only a GPU shows: streams, waiting, autocast, compilation."""
 
+import contextlib
+import itertools
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +13,7 @@ from conftest import DTYPES, needs_cuda, sparse
 from reference import BITS, assert_same_bits, decoded, from_bits
 from test_cuda_ops import assert_encodes, assert_same_planes
 from test_linear import normal_operands, operands, whole_numbers
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
 import pyfacts
@@ -90,6 +93,16 @@ def test_broken_planes_are_refused() -> None:
             read()
 
 
+@contextlib.contextmanager
+def no_waiting() -> Iterator[None]:
+    """Within it, a call of torch's that waits for the GPU raises."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_packing_waits_for_nothing() -> None:
     """The GPU is kept busy: it cannot have begun when the calls return."""
     x = sparse(300, 700, 0.1, torch.bfloat16).cuda()
@@ -105,7 +118,8 @@ def test_packing_waits_for_nothing() -> None:
     run()  # loads the kernels
     torch.cuda.synchronize()
     torch.cuda._sleep(1 << 30)
-    run()
+    with no_waiting():
+        run()
     assert not torch.cuda.current_stream().query()
     assert sizes.tolist() == [len(index), len(values)]
 
@@ -127,6 +141,21 @@ def test_a_drain_waits_for_the_oldest_alone() -> None:
         assert of_it.finish().device.type == "cpu" and not of_it.finish().values.is_pinned()
         assert_encodes(of_it.finish().planes, part)
     assert torch.equal(rows.finish(), x[0].cpu())
+
+
+def test_a_captured_forward_has_no_call_that_waits() -> None:
+    """But for the drain's own events, of which the test above tells."""
+    torch.manual_seed(0)
+    layers = [(nn.Linear(64, 700), nn.ReLU(), nn.Linear(700, 64)) for _ in range(2 * drain.DEPTH + 1)]
+    model = nn.Sequential(*itertools.chain(*layers)).cuda()
+    x = torch.randn(300, 64, device="cuda")
+    hooks = [str(3 * layer + 2) for layer in range(len(layers))]
+    with torch.inference_mode():
+        for context in (contextlib.nullcontext(), no_waiting()):  # the first time kernels are loaded
+            with pyfacts.capture(model, hooks) as cache, context:
+                model(x)
+        for hook in hooks:
+            assert_encodes(cache[hook].planes, model[: int(hook)](x))
 
 
 def test_another_stream_is_honoured() -> None:
