@@ -402,7 +402,7 @@ def _resolve(model: nn.Module, survey: _Survey, name: str) -> HookPoint:
     head = getattr(model, "get_output_embeddings", None)
     if "decoder" in streams and not stream and callable(head) and module is head():
         stream = "decoder"
-    if stream == "decoder" and _CROSS_ATTENDED.search(path) and side != "output":
+    if stream == "decoder" and _CROSS_ATTENDED.search(path):
         stream = "encoder"
     # Patches of an image, say, or what stands beside encoder and decoder: rows that may be nobody's tokens.
     if survey.points and (OTHER_TOWERS.search(path) or (streams and not stream)):

@@ -334,6 +334,13 @@ class TestDtypesAndSelect:
         assert open_dump(tmp_path / "a")[HOOKS[0]].neuron(7)[1].numel() == 0
         assert d.plan["select"] == {"kind": "range", "range": [0.1, "inf"]}
 
+        class Vague(min_abs):
+            def describe(self):
+                return {"kind": "vague", "theta": torch.ones(3)}
+
+        with pytest.raises(TypeError, match="a dump's plan holds JSON: tensor"):
+            dump(model, ids[:20], tmp_path / "c", names_filter=HOOKS, select=Vague(0.1))
+
     def test_zeros_with_a_sign_are_refused(self, model, ids, tmp_path):
         """Committed, they could not be read back."""
 

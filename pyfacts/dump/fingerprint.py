@@ -71,21 +71,33 @@ def _config_values(config: Any) -> dict[str, Any]:
     if config is None:
         return {}
     values = config.to_dict() if hasattr(config, "to_dict") else getattr(config, "__dict__", {})
-    return dict(plain(values)) if isinstance(values, Mapping) else {}
+    return dict(plain(values, lenient=True)) if isinstance(values, Mapping) else {}
 
 
-def plain(value: Any) -> Any:
-    """A value as JSON has it; what JSON lacks becomes its text."""
+def plain(value: Any, lenient: bool = False) -> Any:
+    """A value as JSON has it: dtypes, devices and numbers that JSON lacks become text.
+
+    Args:
+        lenient: what else JSON lacks becomes the name of its type, for models' configs hold anything; two such values
+            then pass for one.
+
+    Raises:
+        TypeError: it holds something else.
+    """
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): plain(item, lenient) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [plain(item, lenient) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if value is None or isinstance(value, bool | int | float | str):
         return json.loads(json.dumps(value))
     if isinstance(value, np.generic):
-        return plain(value.item())
+        return plain(value.item(), lenient)
     if isinstance(value, set | frozenset):
         return sorted(map(str, value))
-    return str(value) if isinstance(value, torch.dtype | torch.device) else type(value).__name__
+    if isinstance(value, torch.dtype | torch.device):
+        return str(value)
+    if not lenient:
+        raise TypeError(f"a dump's plan holds JSON: {value!r:.80} of type {type(value).__name__} cannot be recorded")
+    return type(value).__name__
