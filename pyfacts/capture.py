@@ -28,8 +28,8 @@ class capture:
 
     The model computes exactly what it would without. Every forward appends to the cache: of each hook, the tokens that
     the attention mask keeps (all, if the model is given none). With gradient checkpointing only the first computation
-    counts. A model that was compiled runs eagerly inside the context. Forwards come one after the other: of threads that
-    run the model at once the tokens are not told apart.
+    counts. A model that was compiled runs eagerly inside the context. Forwards come one after the other: the tokens of
+    threads that run the model at once are not told apart.
 
     What is captured is on the CPU. From a GPU it travels while the model goes on, packed; a hook waits for none but the
     work before the hook two earlier, and with `select` or `saes` for its own; the first hook for the mask. A forward
