@@ -190,6 +190,9 @@ class Encoding {
 
   static std::unique_ptr<Encoding> cat(const std::vector<const Encoding*>& parts) {
     if (parts.empty()) throw py::value_error("cat needs at least one encoding");
+    for (const Encoding* part : parts) {
+      if (part == nullptr) throw py::type_error("cat needs encodings, and got None");
+    }
     const Encoding& first = *parts[0];
     std::vector<cpu::Encoding> views;
     int64_t n_tokens = 0, index_size = 0, n_values = 0;

@@ -55,6 +55,10 @@ class Linear {
     check_matrix(x, "x");
     check_matrix(weight, "weight");
     STD_TORCH_CHECK(x.scalar_type() == weight.scalar_type(), "x and weight must have one dtype");
+    STD_TORCH_CHECK(x.size(1) == weight.size(1), "x is ", x.size(1), " wide, and weight ", weight.size(1));
+    STD_TORCH_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0) &&
+                              bias->scalar_type() == x.scalar_type() && bias->is_cpu() == x.is_cpu()),
+                    "bias must be [", weight.size(0), "] of x's dtype and device");
   }
 
   const Tensor& x() const { return x_; }
@@ -64,7 +68,10 @@ class Linear {
   int64_t n_features() const { return weight_.size(0); }
 
   Tensor operator()(const Block& block) const {
-    return linear(block.tokens_of(x_), block.features_of(weight_), block.features_of(bias_));
+    const Tensor product = linear(block.tokens_of(x_), block.features_of(weight_), block.features_of(bias_));
+    STD_TORCH_CHECK(product.scalar_type() == x_.scalar_type(),
+                    "autocast is on: cast the operands before, or switch it off");
+    return product;
   }
 
  private:

@@ -1,5 +1,6 @@
-// float32 from the dtypes' bits, exactly, and back, to the nearest, ties to even; a NaN stays one. In integers, so that
-// every compiler and device gives the same bits. For CPU and CUDA alike.
+// float32 from the dtypes' bits, exactly, and back, to the nearest, ties to even; a NaN stays one. In integers and
+// normal numbers, so that every compiler, device and mode (flushed subnormals) gives the same bits. For CPU and CUDA
+// alike.
 #pragma once
 
 #include <cstdint>
@@ -10,8 +11,6 @@ namespace pyfacts {
 
 constexpr float as_float(uint32_t bits) { return __builtin_bit_cast(float, bits); }
 constexpr uint32_t as_bits(float x) { return __builtin_bit_cast(uint32_t, x); }
-
-constexpr float kTwoTo112 = 0x1p112f;  // between the exponent biases of float32 and float16
 
 template <DType dtype>
 struct Convert;
@@ -39,10 +38,11 @@ struct Convert<DType::float16> {
   using Bits = uint16_t;
   static constexpr float widen(uint16_t bits) {
     const uint32_t sign = (bits & 0x8000u) << 16;
-    const uint32_t magnitude = (bits & 0x7fffu) << 13;
-    if (magnitude > 0x0f800000) return as_float(sign | magnitude | 0x7fc00000);  // NaN
-    if (magnitude == 0x0f800000) return as_float(sign | 0x7f800000);
-    return as_float(sign | as_bits(as_float(magnitude) * kTwoTo112));
+    const uint32_t magnitude = bits & 0x7fffu;
+    if (magnitude < 0x0400) return as_float(sign | as_bits(static_cast<float>(magnitude) * 0x1p-24f));  // subnormal
+    if (magnitude > 0x7c00) return as_float(sign | magnitude << 13 | 0x7fc00000);                       // NaN
+    if (magnitude == 0x7c00) return as_float(sign | 0x7f800000);
+    return as_float(sign | ((magnitude << 13) + (112u << 23)));
   }
   static constexpr uint16_t narrow(float x) {
     const uint32_t sign = (as_bits(x) >> 16) & 0x8000;

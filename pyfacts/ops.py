@@ -43,6 +43,7 @@ def decode(planes: Planes, n_features: int, signed_zero: bool, out: Tensor | Non
     if out is None:
         return torch.ops.pyfacts.decode(*planes, n_features, signed_zero)
     torch.ops.pyfacts.decode_out(*planes, n_features, signed_zero, out)
+    torch.autograd.graph.increment_version(out)  # lest autograd take what it has saved of it for unchanged
     return out
 
 

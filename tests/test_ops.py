@@ -111,6 +111,78 @@ def test_every_instruction_set_gives_the_same_bytes() -> None:
     assert "scalar" in digests and len(set(digests.values())) == 1, digests
 
 
+def test_operands_that_do_not_fit_are_refused_by_the_ops_too() -> None:
+    """Whoever calls them directly has not been checked by pyfacts.linear."""
+    x, weight = torch.randn(512, 256), torch.randn(300, 256)
+    wrong = [
+        (x, weight[:, :255], None),
+        (x, weight, torch.full((300,), -45.0).bfloat16()),
+        (x, weight, torch.full((300, 3), -45.0)),
+        (x, weight, torch.full((301,), -45.0)),
+        (x, weight.bfloat16(), None),
+    ]
+    for operands in wrong:
+        for call in (
+            lambda a, b, c: OPS.linear_relu_encode(a, b, c, "relu", None, False),
+            lambda a, b, c: OPS.linear_topk_encode(a, b, c, 3, False),
+            lambda a, b, c: OPS.gated_relu_encode(a, b, b, c, None),
+        ):
+            with pytest.raises(RuntimeError):
+                call(*operands)
+    with torch.autocast("cpu", torch.bfloat16):
+        for call in (
+            lambda: OPS.linear_relu_encode(x[:9], weight.T.contiguous().T, None, "relu", None, True),
+            lambda: OPS.gated_relu_encode(x[:9], weight.T.contiguous().T, weight, None, None),
+        ):
+            with pytest.raises(RuntimeError):
+                call()
+
+
+def test_a_buffer_that_is_written_to_is_changed_for_autograd() -> None:
+    x, weight = torch.full((4, 5), 7.0), torch.ones(4, 5, requires_grad=True)
+    loss = (weight * x).sum()
+    pyfacts.encode(torch.ones(4, 5)).to_dense(out=x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+ENCODE_IN_CHILDREN = """
+import os, threading, torch, pyfacts
+torch.set_num_threads(1)
+x, done = torch.relu(torch.randn(128, 256)), False
+def encode():
+    while not done:
+        pyfacts.encode(x)
+threads = [threading.Thread(target=encode) for _ in range(2)]
+for thread in threads:
+    thread.start()
+for _ in range(100):
+    child = os.fork()
+    if child == 0:
+        pyfacts.encode(x)
+        os._exit(0)
+    os.waitpid(child, 0)
+done = True
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_child_of_a_process_whose_threads_encode_may_encode() -> None:
+    """As a DataLoader's worker does; it would wait for a lock that a thread held when it was made."""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", ENCODE_IN_CHILDREN], check=True, timeout=120)
+
+
+def test_float16_is_the_same_where_subnormals_are_flushed() -> None:
+    h = torch.tensor([[3e-5, 5e-6, 1.0]]).half()
+    expected = pyfacts.encode(h, min_abs=1e-5).sq_norm
+    try:
+        torch.set_flush_denormal(True)
+        flushed = pyfacts.encode(h, min_abs=1e-5).sq_norm
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(flushed, expected) and expected.item() > 1
+
+
 def test_an_unknown_instruction_set_is_refused() -> None:
     done = run_with_isa("avx9", "import pyfacts")
     assert done.returncode and "ImportError" in done.stderr

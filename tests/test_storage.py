@@ -115,6 +115,8 @@ def test_wrong_arguments_are_errors():
     ):
         with pytest.raises(ValueError):
             call()
+    with pytest.raises(TypeError, match="got None"):
+        _storage.cat([encoding, None])
     for call in (lambda: encoding.neuron(10), lambda: encoding.neuron(-1), lambda: encoding.slice(3, 2)):
         with pytest.raises(IndexError):
             call()
@@ -122,6 +124,30 @@ def test_wrong_arguments_are_errors():
     read_only.setflags(write=False)
     with pytest.raises((ValueError, BufferError)):
         encoding.decode(read_only, False)
+
+
+def test_sums_that_overflow_and_a_bit_beyond_a_width_of_255():
+    """What few damaged bytes happen to be."""
+    encoding = storage_encoding(pyfacts.encode(torch.ones(2, 255)))
+    index, tile_ptr = encoding.index.copy(), encoding.tile_ptr.copy()
+    index[31] = 255
+    with pytest.raises(_storage.Fault, match="popcount"):
+        _storage.Encoding(encoding.counts, index, encoding.values, encoding.tile_ptr, 255, "float32").add_feature_stats(
+            *new_statistics(255)
+        )
+    for start in (0, 1):
+        tile_ptr[0, 0, :] = 0
+        tile_ptr[0, 0, start] = 2**63 - 1
+        damaged = _storage.Encoding(encoding.counts, encoding.index, encoding.values, tile_ptr, 255, "float32")
+        with pytest.raises(_storage.Fault, match="tile start"):
+            damaged.gather_rows(np.array([1]), np.empty((1, 255), np.uint32))
+
+
+def test_index_planes_split_and_join_with_empty_segments():
+    counts, index = np.array([0, 3, 0, 40, 0], np.uint8), np.arange(35, dtype=np.uint8)
+    gaps, bitmaps = _storage.split_index(counts, index, 256)
+    assert gaps.tolist() == [0, 0, 0] and np.array_equal(bitmaps, index[3:])
+    assert np.array_equal(_storage.join_index(counts, gaps, bitmaps, 256), index)
 
 
 @settings(deadline=None, max_examples=150)

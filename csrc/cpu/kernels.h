@@ -108,7 +108,7 @@ struct Conversions {
   void (*narrow)(const float* from, int64_t n, uint8_t* to);  // to the nearest, ties to even
 };
 
-// All variants write identical bytes. The number is the bits of an element.
+// All variants write identical bytes, but for the payloads of NaNs in sums. The number is the bits of an element.
 // decode returns false if a segment breaks the format; scalar code then finds out which and why.
 struct Kernels {
   const char* name;

@@ -1,6 +1,8 @@
 // The pool of slabs behind the encoder.
 #include "memory.h"
 
+#include <pthread.h>
+
 #include <cstdlib>
 #include <mutex>
 #include <new>
@@ -21,10 +23,14 @@ struct Pool {
   std::vector<uint8_t*> slabs;
 };
 
-// Never destroyed: threads may still return slabs while the process exits.
+// Never destroyed: threads may still return slabs while the process exits. Locked over a fork: the child would find it
+// locked for ever by a thread that it does not have.
 Pool& pool() {
-  static Pool* pool = new Pool;
-  return *pool;
+  static Pool* const made = [] {
+    pthread_atfork([] { pool().mutex.lock(); }, [] { pool().mutex.unlock(); }, [] { pool().mutex.unlock(); });
+    return new Pool;
+  }();
+  return *made;
 }
 
 }  // namespace

@@ -3,6 +3,8 @@
 #include <bit>
 #include <cstring>
 
+#include "../cpu/segments.h"
+
 namespace pyfacts::storage {
 
 Fault from_status(const cpu::Status& status) {
@@ -137,14 +139,6 @@ Fault join_block(const StoredBlock& block, bool signed_zero, uint8_t* counts, in
 
 namespace {
 
-// The values of a segment: the count byte, or what the bitmap says where the byte saturates.
-int64_t exact_count(uint8_t count, const uint8_t* bitmap, int64_t width) {
-  if (count != kCountSaturated || width <= kCountSaturated) return count;
-  int64_t n = 0;
-  for (int64_t i = 0; i < bitmap_bytes(width); ++i) n += std::popcount(bitmap[i]);
-  return n;
-}
-
 template <typename Bits>
 Fault gather_typed(const cpu::Encoding& encoding, const int64_t* rows, int64_t n_rows, int64_t* starts, Bits* out) {
   const Bits* const values = static_cast<const Bits*>(encoding.values);
@@ -154,17 +148,15 @@ Fault gather_typed(const cpu::Encoding& encoding, const int64_t* rows, int64_t n
     const int64_t width = column_width(encoding.n_features, column);
     // Starts of every token, once per column: rows come in any order and usually cover most tiles.
     const int64_t* const first = encoding.tile_ptr + column * n_tiles(encoding.n_tokens) * 2;
+    const cpu::Status status = cpu::check_column_layout(encoding, column);
+    if (!status.ok()) return from_status(status);
     int64_t index_at = encoding.n_tokens ? first[0] : 0;
     int64_t value_at = encoding.n_tokens ? first[1] : 0;
-    if (index_at < 0 || value_at < 0) return {"a tile starts before the plane", Plane::index, column, 0};
     for (int64_t token = 0; token < encoding.n_tokens; ++token) {
-      const int64_t used = index_bytes(counts[token], width);
-      if (index_at + used > encoding.index_bytes) return {"a segment exceeds the plane", Plane::index, column, token};
       starts[2 * token] = index_at;
       starts[2 * token + 1] = value_at;
-      value_at += exact_count(counts[token], encoding.index + index_at, width);
-      index_at += used;
-      if (value_at > encoding.n_values) return {"a segment exceeds the plane", Plane::values, column, token};
+      value_at += cpu::exact_count(counts[token], encoding.index + index_at, width);
+      index_at += index_bytes(counts[token], width);
     }
     Bits* row_out = out + column * kColumnWidth;
     for (int64_t i = 0; i < n_rows; ++i, row_out += encoding.n_features) {
@@ -180,7 +172,7 @@ Fault gather_typed(const cpu::Encoding& encoding, const int64_t* rows, int64_t n
         }
         continue;
       }
-      const Bits* const end = segment + exact_count(count, index, width);
+      const Bits* const end = segment + cpu::exact_count(count, index, width);
       for (int64_t byte = 0; byte < bitmap_bytes(width); ++byte) {
         for (unsigned bits = index[byte]; bits != 0; bits &= bits - 1) {
           const int64_t position = 8 * byte + std::countr_zero(bits);

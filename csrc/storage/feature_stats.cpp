@@ -5,8 +5,9 @@
 // first level: 3 times as fast as four arrays of n_features each. Sums are added in the order of the tokens, in double:
 // the same bits on every machine.
 #include <bit>
-#include <cstring>
 
+#include "../convert.h"
+#include "../cpu/segments.h"
 #include "block.h"
 
 namespace pyfacts::storage {
@@ -20,26 +21,6 @@ struct alignas(32) Accumulator {
   float maximum = -__builtin_huge_valf();
 };
 
-struct Float32 {
-  using Bits = uint32_t;
-  static float value(Bits bits) { return std::bit_cast<float>(bits); }
-};
-struct BFloat16 {
-  using Bits = uint16_t;
-  static float value(Bits bits) { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
-};
-struct Float16 {
-  using Bits = uint16_t;
-  static float value(Bits bits) {
-    const uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16;
-    const uint32_t magnitude = bits & 0x7fff;
-    // Subnormals are multiples of 2^-24; infinities and NaNs keep their fraction under a float's largest exponent.
-    if (magnitude < 0x0400) return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(magnitude * 0x1p-24f));
-    const uint32_t rebias = magnitude >= 0x7c00 ? (255 - 31) << 23 : (127 - 15) << 23;
-    return std::bit_cast<float>(sign | ((magnitude << 13) + rebias));
-  }
-};
-
 void add(Accumulator& to, float x) {
   const double wide = x;
   to.sums += Double2{wide, wide * wide};
@@ -47,9 +28,9 @@ void add(Accumulator& to, float x) {
   to.maximum = x > to.maximum ? x : to.maximum;  // no branch; a NaN compares false
 }
 
-template <typename DTypeOf>
+template <DType dtype>
 Fault add_column(const cpu::Encoding& encoding, int64_t column, Accumulator* features) {
-  using Bits = typename DTypeOf::Bits;
+  using Bits = typename Convert<dtype>::Bits;
   const int64_t width = column_width(encoding.n_features, column);
   const int64_t* const first = encoding.tile_ptr + column * n_tiles(encoding.n_tokens) * 2;
   const uint8_t* const counts = encoding.counts + column * encoding.n_tokens;
@@ -58,18 +39,16 @@ Fault add_column(const cpu::Encoding& encoding, int64_t column, Accumulator* fea
   for (int64_t token = 0; token < encoding.n_tokens; ++token) {
     const uint8_t count = counts[token];
     if (has_positions(count, width)) {
-      for (int64_t i = 0; i < count; ++i) add(features[index[i]], DTypeOf::value(values[i]));
+      for (int64_t i = 0; i < count; ++i) add(features[index[i]], Convert<dtype>::widen(values[i]));
       index += count;
       values += count;
       continue;
     }
-    int64_t n = 0;
-    for (int64_t byte = 0; byte < bitmap_bytes(width); ++byte) n += std::popcount(index[byte]);
-    if ((n < kCountSaturated ? n : kCountSaturated) != count)
+    if (cpu::popcount(index, bitmap_bytes(width)) != cpu::exact_count(count, index, width))
       return {"a bitmap's popcount differs from its count", Plane::index, column, token};
     for (int64_t byte = 0; byte < bitmap_bytes(width); ++byte)
       for (unsigned bits = index[byte]; bits != 0; bits &= bits - 1)
-        add(features[8 * byte + std::countr_zero(bits)], DTypeOf::value(*values++));
+        add(features[8 * byte + std::countr_zero(bits)], Convert<dtype>::widen(*values++));
     index += bitmap_bytes(width);
   }
   return {};
@@ -84,9 +63,10 @@ Fault add_feature_stats(const cpu::Encoding& encoding, int64_t* nnz, double* sum
   if (encoding.n_tokens == 0) return {};
   for (int64_t column = 0; column < n_columns(encoding.n_features); ++column) {
     Accumulator features[kColumnWidth];
-    const Fault fault = encoding.dtype == DType::float32    ? add_column<Float32>(encoding, column, features)
-                        : encoding.dtype == DType::bfloat16 ? add_column<BFloat16>(encoding, column, features)
-                                                            : add_column<Float16>(encoding, column, features);
+    const auto add_to = encoding.dtype == DType::float32    ? add_column<DType::float32>
+                        : encoding.dtype == DType::bfloat16 ? add_column<DType::bfloat16>
+                                                            : add_column<DType::float16>;
+    const Fault fault = add_to(encoding, column, features);
     if (!fault.ok()) return fault;
     for (int64_t i = 0; i < column_width(encoding.n_features, column); ++i) {
       const int64_t feature = column * kColumnWidth + i;

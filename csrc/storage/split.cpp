@@ -19,8 +19,10 @@ void split_index(const uint8_t* occupied, int64_t n_occupied, int64_t width, con
   for (int64_t i = 0; i < n_occupied; ++i) {
     const int64_t size = index_bytes(occupied[i], width);
     if (has_positions(occupied[i], width)) {
-      *gaps = *index;
-      for (int64_t k = 1; k < size; ++k) gaps[k] = static_cast<uint8_t>(index[k] - index[k - 1] - 1);
+      uint8_t position = 255;  // the one before 0
+      for (int64_t k = 0; k < size; ++k, position = index[k - 1]) {
+        gaps[k] = static_cast<uint8_t>(index[k] - position - 1);
+      }
       gaps += size;
     } else {
       std::memcpy(bitmaps, index, size);
