@@ -47,9 +47,10 @@ void decode_out(const Tensor& counts, const Tensor& index, const Tensor& values,
                 int64_t n_features, bool signed_zero, Tensor out) {
   const cpu::Encoding encoding = view(counts, index, values, tile_ptr, n_features);
   check_matrix(out, "out");
-  STD_TORCH_CHECK(out.size(0) == encoding.n_tokens && out.size(1) == n_features && out.stride(1) == 1 &&
+  STD_TORCH_CHECK(out.size(0) == encoding.n_tokens && out.size(1) == n_features && has_rows_apart(out) &&
                       out.scalar_type() == values.scalar_type(),
-                  "out must be [", encoding.n_tokens, ", ", n_features, "] of the values' dtype, with whole rows");
+                  "out must be [", encoding.n_tokens, ", ", n_features,
+                  "] of the values' dtype, with whole rows apart");
   check_status(cpu::decode(encoding, signed_zero, out.mutable_data_ptr(), out.stride(0), run_on_torch_threads));
 }
 

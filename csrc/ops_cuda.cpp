@@ -214,7 +214,7 @@ void decode_out(const Tensor& counts, const Tensor& index, const Tensor& values,
   const cpu::Encoding encoding = view(counts, index, values, tile_ptr, n_features);
   check_matrix(out, "out");
   check_alike(out, "out", values);
-  STD_TORCH_CHECK(out.size(0) == encoding.n_tokens && out.size(1) == n_features && out.stride(1) == 1, "out must be [",
+  STD_TORCH_CHECK(out.size(0) == encoding.n_tokens && out.size(1) == n_features && has_rows_apart(out), "out must be [",
                   encoding.n_tokens, ", ", n_features, "] with whole rows");
   const DeviceGuard guard(values.get_device());
   const cudaStream_t stream = current_stream(values);

@@ -37,6 +37,11 @@ inline Tensor whole_rows(const Tensor& matrix) {
   return matrix.size(1) > 1 && matrix.stride(1) != 1 ? torch::stable::contiguous(matrix) : matrix;
 }
 
+// Whether it can be written row by row: rows are whole and do not overlap.
+inline bool has_rows_apart(const Tensor& matrix) {
+  return (matrix.size(1) <= 1 || matrix.stride(1) == 1) && (matrix.size(0) <= 1 || matrix.stride(0) >= matrix.size(1));
+}
+
 // A matrix with whole rows.
 inline cpu::Dense dense_of(const Tensor& matrix) {
   return {dtype_of(matrix), matrix.const_data_ptr(), matrix.stride(0), matrix.size(0), matrix.size(1)};

@@ -119,8 +119,9 @@ class EncodedActivations:
         """Returns the matrix [n_tokens, n_features]; -0.0 comes back as +0.0 unless `signed_zero`.
 
         Args:
-            out: a tensor of that shape, dtype and device, rows unbroken, to write to and return. Reading many encodings
-                into one buffer takes about half the time of fresh ones: the memory's pages need not be made anew.
+            out: a tensor of that shape, dtype and device, rows unbroken and apart, to write to and return. Reading many
+                encodings into one buffer takes about half the time of fresh ones: the memory's pages need not be made
+                anew. No gradient flows through it.
 
         Raises:
             RuntimeError: the planes are not a valid encoding.
@@ -131,8 +132,8 @@ class EncodedActivations:
                 f"out must be {tuple(self.shape)} {self.dtype} on {self.device}, got {tuple(out.shape)} {out.dtype} on "
                 f"{out.device}"
             )
-        if out is not None and out.stride(1) != 1:
-            raise ValueError(f"out must have unbroken rows (stride 1 along the features), got strides {out.stride()}")
+        if out is not None:
+            _check_writable(out)
         return ops.decode(self.planes, self.n_features, self.signed_zero, out)
 
     def to_csr(self) -> Tensor:
@@ -283,6 +284,18 @@ def check_matrix(name: str, x: Tensor) -> None:
         )
     if x.device.type not in ("cpu", "cuda", "meta"):
         raise ValueError(f"{name} is on {x.device}, and pyfacts has kernels for CPUs and CUDA only; use .cpu()")
+
+
+def _check_writable(out: Tensor) -> None:
+    n_tokens, n_features = out.shape
+    if (n_features > 1 and out.stride(1) != 1) or (n_tokens > 1 and out.stride(0) < n_features):
+        raise ValueError(
+            f"out must have unbroken rows (stride 1 along the features) that do not overlap, got strides {out.stride()}"
+        )
+    if out.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "out must not require grad, for autograd does not see what is written to it: give out.detach()"
+        )
 
 
 def as_int(name: str, value: object) -> int:

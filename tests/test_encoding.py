@@ -141,7 +141,17 @@ def test_decode_into_a_buffer(dtype: torch.dtype) -> None:
     enc.to_dense(out=wide[:, 101:621])
     assert_same_bits(wide[:, 101:621], x)
     assert (wide[:, :101] == 7).all() and (wide[:, 621:] == 7).all()
-    for bad in (wide, x.float() if dtype != torch.float32 else x.half(), wide.T[:520].T[:, :520].mT):
+    overlapping = (
+        torch.zeros(1, 520, dtype=dtype).expand(300, 520),
+        torch.zeros(2000, dtype=dtype).as_strided((300, 520), (1, 1)),
+    )
+    for bad in (
+        wide,
+        *overlapping,
+        torch.zeros_like(x).requires_grad_(),
+        x.float() if dtype != torch.float32 else x.half(),
+        wide.T[:520].T[:, :520].mT,
+    ):
         with pytest.raises(ValueError, match="out must"):
             enc.to_dense(out=bad)
 

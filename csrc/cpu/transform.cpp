@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "encoding.h"
+#include "memory.h"
 #include "parallel.h"
 #include "segments.h"
 
@@ -77,6 +78,8 @@ Status stack_pieces(int64_t n_pieces, int64_t n_tokens, int64_t n_features, DTyp
       bases[column + 1].value += p.end.value - p.begin.value;
     }
   }
+  advise_huge_pages(out.index, bases[columns].index);
+  advise_huge_pages(out.values, bases[columns].value * item);
   return parallel_check(columns, parallel_for, [&](int64_t column) -> Status {
     uint8_t* counts = out.counts + column * n_tokens;
     uint8_t* index = out.index + bases[column].index;
@@ -163,6 +166,8 @@ Status neuron(const Encoding& encoding, int64_t feature, int64_t* tokens, void* 
 Status to_csr(const Encoding& encoding, int64_t* crow, int64_t* col, void* values, ParallelFor parallel_for) {
   const Status layout = check_layout(encoding, parallel_for);
   if (!layout.ok()) return layout;
+  advise_huge_pages(col, encoding.n_values * static_cast<int64_t>(sizeof(int64_t)));
+  advise_huge_pages(values, encoding.n_values * item_bytes(encoding.dtype));
   row_starts(encoding, crow);
   return parallel_check(n_tiles(encoding.n_tokens), parallel_for, [&](int64_t tile) -> Status {
     int64_t next[kTileTokens];
