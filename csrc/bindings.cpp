@@ -33,6 +33,12 @@ void raise_if(const storage::Fault& fault) {
 }
 void raise_if(const cpu::Status& status) { raise_if(storage::from_status(status)); }
 
+template <typename Call>
+auto without_gil(Call call) {
+  const py::gil_scoped_release release;
+  return call();
+}
+
 // A contiguous buffer of any Python object, held as long as this lives.
 class Bytes {
  public:
@@ -73,7 +79,9 @@ DType dtype_of(const std::string& name) {
 }
 
 void expect_features(int64_t n_features) {
-  if (n_features < 1) throw py::value_error("n_features must be at least 1, got " + std::to_string(n_features));
+  if (n_features < 1 || n_features > kMaxFeatures)
+    throw py::value_error("n_features must be 1 to " + std::to_string(kMaxFeatures) + ", got " +
+                          std::to_string(n_features));
 }
 
 using Array8 = py::array_t<uint8_t>;
@@ -112,24 +120,15 @@ class Encoding {
   }
 
   void check(bool signed_zero) const {
-    cpu::Status status;
-    {
-      py::gil_scoped_release release;
-      status = cpu::check(view, signed_zero, cpu::run_serially);
-    }
-    raise_if(status);
+    raise_if(without_gil([&] { return cpu::check(view, signed_zero, cpu::run_serially); }));
   }
 
   void decode(const py::object& out, bool signed_zero) const {
     const Bytes bytes(out, true);
     expect_size("out", bytes, view.n_tokens * view.n_features * item_bytes(view.dtype));
     expect_aligned("out", bytes, item_bytes(view.dtype));
-    cpu::Status status;
-    {
-      py::gil_scoped_release release;
-      status = cpu::decode(view, signed_zero, bytes.data(), view.n_features, cpu::run_serially);
-    }
-    raise_if(status);
+    raise_if(
+        without_gil([&] { return cpu::decode(view, signed_zero, bytes.data(), view.n_features, cpu::run_serially); }));
   }
 
   void gather_rows(const py::object& rows, const py::object& out) const {
@@ -140,13 +139,9 @@ class Encoding {
     expect_size("rows", row_bytes, n_rows * 8);
     expect_size("out", bytes, n_rows * view.n_features * item_bytes(view.dtype));
     expect_aligned("out", bytes, item_bytes(view.dtype));
-    storage::Fault fault;
-    {
-      py::gil_scoped_release release;
-      const std::unique_ptr<int64_t[]> starts(new int64_t[2 * view.n_tokens]);
-      fault = storage::gather_rows(view, row_bytes.data<int64_t>(), n_rows, starts.get(), bytes.data());
-    }
-    raise_if(fault);
+    const std::unique_ptr<int64_t[]> starts(new int64_t[2 * view.n_tokens]);
+    raise_if(without_gil(
+        [&] { return storage::gather_rows(view, row_bytes.data<int64_t>(), n_rows, starts.get(), bytes.data()); }));
   }
 
   std::pair<Array64, Array8> neuron(int64_t feature) const {
@@ -154,10 +149,12 @@ class Encoding {
       throw py::index_error("feature " + std::to_string(feature) + " is out of range: there are " +
                             std::to_string(view.n_features));
     int64_t n_found = 0;
-    raise_if(cpu::neuron(view, feature, nullptr, nullptr, &n_found));
+    raise_if(without_gil([&] { return cpu::neuron(view, feature, nullptr, nullptr, &n_found); }));
     Array64 tokens(n_found);
     Array8 values(n_found * item_bytes(view.dtype));
-    raise_if(cpu::neuron(view, feature, tokens.mutable_data(), values.mutable_data(), &n_found));
+    int64_t* const tokens_out = tokens.mutable_data();
+    uint8_t* const values_out = values.mutable_data();
+    raise_if(without_gil([&] { return cpu::neuron(view, feature, tokens_out, values_out, &n_found); }));
     return {std::move(tokens), std::move(values)};
   }
 
@@ -167,7 +164,7 @@ class Encoding {
                             " are out of range: there are " + std::to_string(view.n_tokens));
     int64_t index_size = 0;
     int64_t n_values = 0;
-    raise_if(cpu::slice_sizes(view, start, stop, &index_size, &n_values));
+    raise_if(without_gil([&] { return cpu::slice_sizes(view, start, stop, &index_size, &n_values); }));
     return make(stop - start, index_size, n_values,
                 [&](const cpu::Planes& out) { return cpu::slice(view, start, stop, out, cpu::run_serially); });
   }
@@ -179,13 +176,14 @@ class Encoding {
     expect_size("sum", sum_bytes, view.n_features * 8);
     expect_size("sum_sq", sum_sq_bytes, view.n_features * 8);
     expect_size("max", maximum_bytes, view.n_features * 4);
-    storage::Fault fault;
-    {
-      py::gil_scoped_release release;
-      fault = storage::add_feature_stats(view, nnz_bytes.data<int64_t>(), sum_bytes.data<double>(),
-                                         sum_sq_bytes.data<double>(), maximum_bytes.data<float>());
-    }
-    raise_if(fault);
+    expect_aligned("nnz", nnz_bytes, 8);
+    expect_aligned("sum", sum_bytes, 8);
+    expect_aligned("sum_sq", sum_sq_bytes, 8);
+    expect_aligned("max", maximum_bytes, 4);
+    raise_if(without_gil([&] {
+      return storage::add_feature_stats(view, nnz_bytes.data<int64_t>(), sum_bytes.data<double>(),
+                                        sum_sq_bytes.data<double>(), maximum_bytes.data<float>());
+    }));
   }
 
   static std::unique_ptr<Encoding> cat(const std::vector<const Encoding*>& parts) {
@@ -222,12 +220,7 @@ class Encoding {
     Array8 values(n_values * item_bytes(view.dtype));
     Array64 tile_ptr = tile_ptr_array(view.n_features, n_tokens);
     const cpu::Planes out{counts.mutable_data(), index.mutable_data(), values.mutable_data(), tile_ptr.mutable_data()};
-    cpu::Status status;
-    {
-      py::gil_scoped_release release;
-      status = fill(out);
-    }
-    raise_if(status);
+    raise_if(without_gil([&] { return fill(out); }));
     return std::make_unique<Encoding>(counts, index, values, tile_ptr, view.n_features, dtype_name);
   }
 

@@ -22,9 +22,10 @@
 
 namespace pyfacts {
 
-constexpr int64_t kColumnWidth = 256;  // features of a column
-constexpr int64_t kTileTokens = 128;   // tokens between two entries of tile_ptr
-constexpr int kCountSaturated = 255;   // a count byte of 255 means: 255 or 256, ask the bitmap
+constexpr int64_t kColumnWidth = 256;               // features of a column
+constexpr int64_t kTileTokens = 128;                // tokens between two entries of tile_ptr
+constexpr int64_t kMaxFeatures = int64_t{1} << 32;  // that a reader goes through
+constexpr int kCountSaturated = 255;                // a count byte of 255 means: 255 or 256, ask the bitmap
 
 enum class DType : uint8_t { float32 = 0, bfloat16 = 1, float16 = 2 };
 

@@ -121,7 +121,6 @@ Planes slice(const Tensor& counts, const Tensor& index, const Tensor& values, co
   const cpu::Encoding encoding = view(counts, index, values, tile_ptr, n_features);
   STD_TORCH_CHECK(0 <= start && start <= stop && stop <= encoding.n_tokens, "tokens [", start, ", ", stop,
                   ") out of range for ", encoding.n_tokens, " tokens");
-  check_status(cpu::check_layout(encoding, run_on_torch_threads));
   cpu::PlaneSizes sizes = {0, 0};
   check_status(cpu::slice_sizes(encoding, start, stop, &sizes.index_bytes, &sizes.n_values));
   Planes out = empty_planes(values, stop - start, n_features, sizes);
@@ -140,7 +139,6 @@ Planes cat(std::vector<Tensor> counts, std::vector<Tensor> index, std::vector<Te
   for (size_t i = 0; i < counts.size(); ++i) {
     encodings.push_back(view(counts[i], index[i], values[i], tile_ptr[i], n_features));
     STD_TORCH_CHECK(encodings[i].dtype == encodings[0].dtype, "cat needs encodings of one dtype");
-    check_status(cpu::check_layout(encodings[i], run_on_torch_threads));
     n_tokens += encodings[i].n_tokens;
     sizes.index_bytes += encodings[i].index_bytes;
     sizes.n_values += encodings[i].n_values;
@@ -155,7 +153,6 @@ std::tuple<Tensor, Tensor> neuron(const Tensor& counts, const Tensor& index, con
   const cpu::Encoding encoding = view(counts, index, values, tile_ptr, n_features);
   STD_TORCH_CHECK(0 <= feature && feature < n_features, "feature ", feature, " out of range for ", n_features,
                   " features");
-  check_status(cpu::check_layout(encoding, run_on_torch_threads));
   int64_t n_found = 0;
   check_status(cpu::neuron(encoding, feature, nullptr, nullptr, &n_found));
   Tensor tokens = new_empty(values, {n_found}, ScalarType::Long);
@@ -168,7 +165,6 @@ std::tuple<Tensor, Tensor> neuron(const Tensor& counts, const Tensor& index, con
 std::tuple<Tensor, Tensor, Tensor> to_csr(const Tensor& counts, const Tensor& index, const Tensor& values,
                                           const Tensor& tile_ptr, int64_t n_features) {
   const cpu::Encoding encoding = view(counts, index, values, tile_ptr, n_features);
-  check_status(cpu::check_layout(encoding, run_on_torch_threads));
   Tensor crow = new_empty(values, {encoding.n_tokens + 1}, ScalarType::Long);
   Tensor col = new_empty(values, {encoding.n_values}, ScalarType::Long);
   Tensor row_values = new_empty(values, {encoding.n_values}, values.scalar_type());

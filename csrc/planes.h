@@ -63,8 +63,9 @@ inline cpu::Encoding view(const Tensor& counts, const Tensor& index, const Tenso
   check_plane(values, "values", 1, values.scalar_type(), values);
   check_plane(tile_ptr, "tile_ptr", 3, ScalarType::Long, values);
   const int64_t n_tokens = counts.size(1);
-  STD_TORCH_CHECK(n_features >= 0 && counts.size(0) == n_columns(n_features), "counts has ", counts.size(0),
-                  " columns, expected ", n_columns(n_features), " for ", n_features, " features");
+  STD_TORCH_CHECK(0 <= n_features && n_features <= kMaxFeatures, "n_features is ", n_features);
+  STD_TORCH_CHECK(counts.size(0) == n_columns(n_features), "counts has ", counts.size(0), " columns, expected ",
+                  n_columns(n_features), " for ", n_features, " features");
   STD_TORCH_CHECK(tile_ptr.size(0) == counts.size(0) && tile_ptr.size(1) == n_tiles(n_tokens) && tile_ptr.size(2) == 2,
                   "tile_ptr must be [", counts.size(0), ", ", n_tiles(n_tokens), ", 2], got [", tile_ptr.size(0), ", ",
                   tile_ptr.size(1), ", ", tile_ptr.size(2), "]");

@@ -152,9 +152,11 @@ Status column_starts(const uint8_t* counts, const uint8_t* index, int64_t index_
   return status;
 }
 
-Status check_column_layout(const Encoding& encoding, int64_t column, int64_t* end) {
+// A column must end where the next one begins, and the last one with the planes.
+Status check_column_layout(const Encoding& encoding, int64_t column) {
   if (encoding.n_tokens == 0) return {};
-  const int64_t* starts = encoding.tile_ptr + 2 * column * n_tiles(encoding.n_tokens);
+  const int64_t tiles = n_tiles(encoding.n_tokens);
+  const int64_t* const starts = encoding.tile_ptr + 2 * column * tiles;
   const int64_t first_index = starts[0];
   const int64_t first_value = starts[1];
   if (first_index < 0 || first_index > encoding.index_bytes || first_value < 0 || first_value > encoding.n_values) {
@@ -166,37 +168,30 @@ Status check_column_layout(const Encoding& encoding, int64_t column, int64_t* en
       encoding.n_tokens, column_width(encoding.n_features, column), &sizes, [&](int64_t tile, const Sizes& before) {
         return starts[2 * tile] == first_index + before.index && starts[2 * tile + 1] == first_value + before.values;
       });
-  status.column = status.ok() ? -1 : column;
-  if (status.ok() && first_value + sizes.values > encoding.n_values) return {Fault::values_size, column, -1};
-  if (end != nullptr) {
-    end[0] = first_index + sizes.index;
-    end[1] = first_value + sizes.values;
+  if (!status.ok()) {
+    status.column = column;
+    return status;
   }
-  return status;
+  const int64_t index_end = first_index + sizes.index, values_end = first_value + sizes.values;
+  if (values_end > encoding.n_values) return {Fault::values_size, column, -1};
+  if (column + 1 < n_columns(encoding.n_features)) {
+    const int64_t* const next = starts + 2 * tiles;
+    if (next[0] != index_end || next[1] != values_end) return {Fault::tile_ptr, column + 1, 0};
+    return {};
+  }
+  if (index_end != encoding.index_bytes) return {Fault::index_size, column, -1};
+  if (values_end != encoding.n_values) return {Fault::values_size, column, -1};
+  return {};
 }
 
-// Each column must begin where the one before it ends, the first at 0 and the last end with the planes.
 Status check_layout(const Encoding& encoding, ParallelFor parallel_for) {
   const int64_t columns = n_columns(encoding.n_features);
-  const int64_t tiles = n_tiles(encoding.n_tokens);
-  if (columns == 0 || tiles == 0) {
+  if (columns == 0 || encoding.n_tokens == 0) {
     if (encoding.index_bytes != 0) return {Fault::index_size, -1, -1};
     return {encoding.n_values != 0 ? Fault::values_size : Fault::none, -1, -1};
   }
   if (encoding.tile_ptr[0] != 0 || encoding.tile_ptr[1] != 0) return {Fault::tile_ptr, 0, 0};
-  return parallel_check(columns, parallel_for, [&](int64_t column) -> Status {
-    int64_t end[2];
-    const Status status = check_column_layout(encoding, column, end);
-    if (!status.ok()) return status;
-    if (column + 1 < columns) {
-      const int64_t* next = encoding.tile_ptr + 2 * (column + 1) * tiles;
-      if (next[0] != end[0] || next[1] != end[1]) return {Fault::tile_ptr, column + 1, 0};
-      return {};
-    }
-    if (end[0] != encoding.index_bytes) return {Fault::index_size, column, -1};
-    if (end[1] != encoding.n_values) return {Fault::values_size, column, -1};
-    return {};
-  });
+  return parallel_check(columns, parallel_for, [&](int64_t column) { return check_column_layout(encoding, column); });
 }
 
 Status check(const Encoding& encoding, bool signed_zero, ParallelFor parallel_for) {

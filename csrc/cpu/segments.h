@@ -1,6 +1,7 @@
 // Reading one segment after another, in plain C++: for checks and transformations, which move packed bytes only.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cstdint>
 #include <cstring>
@@ -28,7 +29,7 @@ inline int64_t exact_count(uint8_t count, const uint8_t* index, int64_t width) {
 // Writes the positions of a valid segment of n values, ascending.
 inline void unpack_positions(int64_t n, int64_t width, const uint8_t* index, uint8_t* positions) {
   if (has_positions(n, width)) {
-    std::memcpy(positions, index, n);
+    std::copy_n(index, n, positions);
     return;
   }
   int64_t k = 0;
@@ -91,8 +92,8 @@ class ColumnReader {
   const uint8_t* values_ = nullptr;
 };
 
-// Checks one column's counts and starts: after it, all its segments lie in bounds.
-// end [2], if given, receives where the column ends in the planes.
-Status check_column_layout(const Encoding& encoding, int64_t column, int64_t* end = nullptr);
+// Checks one column's counts and starts, and that it ends where the next begins: after it, all its segments lie in
+// bounds.
+Status check_column_layout(const Encoding& encoding, int64_t column);
 
 }  // namespace pyfacts::cpu

@@ -88,7 +88,7 @@ int64_t search_row(const Block& block, int64_t row, int64_t first_feature, const
 // A selection follows a segment that brought as many candidates again as are kept; a whole segment may be one more.
 // Waiting for more of them makes selections fewer but larger, and the floor rises later: that costs more in all.
 TopK::TopK(DType dtype, int64_t n_features, int64_t k, Order order)
-    : rank_(dtype, order), k_(k), capacity_(2 * k + kColumnWidth) {
+    : rank_(dtype, order), k_(k), capacity_(std::min(2 * k + kColumnWidth, n_columns(n_features) * kColumnWidth)) {
   rows_.dtype = dtype;
   rows_.n_features = n_features;
 }
