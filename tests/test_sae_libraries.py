@@ -254,6 +254,14 @@ def test_dictionary_learning(tmp_path, name, with_config):
     assert (sae.source_format, sae.architecture) == ("dictionary_learning", name)
 
 
+def test_dictionary_learning_saved_on_the_way(tmp_path):
+    """In a directory below the one that has the config.json."""
+    saved_by_dictionary_learning(tmp_path, "AutoEncoderTopK", True)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "ae.pt").rename(tmp_path / "checkpoints" / "ae_5000.pt")
+    assert pyfacts.load_sae(tmp_path / "checkpoints" / "ae_5000.pt").architecture == "AutoEncoderTopK"
+
+
 def test_dictionary_learning_needs_its_config(tmp_path):
     saved_by_dictionary_learning(tmp_path, "AutoEncoderTopK", with_config=False)
     with pytest.raises(pyfacts.CheckpointError, match="ae.pt: may be one of .*AutoEncoderTopK.*config.json"):

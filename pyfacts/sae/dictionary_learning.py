@@ -34,7 +34,7 @@ TENSORS = {
 
 def load(path: Path, dtype: torch.dtype | None) -> SAE:
     tensors = read_torch(path)
-    config_path = path.parent / "config.json"
+    config_path = _config_path(path)
     trainer = Config.read(config_path).section("trainer") if config_path.exists() else Config(config_path, {})
     dict_class = trainer.text("dict_class") or _class_by_tensors(path, tensors)
     if dict_class not in LOADERS:
@@ -43,6 +43,13 @@ def load(path: Path, dtype: torch.dtype | None) -> SAE:
     tensors.finish()
     sae.architecture, sae.source_format = dict_class, "dictionary_learning"
     return sae
+
+
+def _config_path(path: Path) -> Path:
+    """Beside the file; of what training saved on its way, in `checkpoints`, above that directory."""
+    beside = path.parent / "config.json"
+    above = path.parent.parent / "config.json"
+    return above if path.parent.name == "checkpoints" and not beside.exists() else beside
 
 
 def _class_by_tensors(path: Path, tensors: Tensors) -> str:
