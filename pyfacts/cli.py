@@ -364,6 +364,8 @@ def _shown_progress() -> Iterator[Any]:
 
         def show(progress: DumpProgress) -> None:
             nonlocal projected
+            if progress.tokens_resumed == progress.tokens_total:
+                err.print("all of it was committed before", highlight=False)
             if not projected and progress.tokens_done > progress.tokens_resumed:
                 projected = True
                 packed, dense = _size(progress.packed_bytes), _size(progress.dense_bytes)

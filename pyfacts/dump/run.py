@@ -110,7 +110,7 @@ def dump(
         rank, world_size: this process's number and how many there are; by default those of torchrun or Slurm, or one.
         allow_dense: dump even if the neurons are mostly non-zero.
         tokenizer: for text; by default the one of the model's name or directory.
-        progress: called after every batch with a `Progress`.
+        progress: called after every batch with a `Progress`; once, if all was committed before.
 
     Returns:
         The finished dump, opened.
@@ -216,6 +216,8 @@ class _Run:
             else:
                 self._write_shard(shard)
             self._shards_done += 1
+            self._report()
+        if not todo:
             self._report()
         self._sweep()
 

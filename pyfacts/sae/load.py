@@ -27,8 +27,8 @@ def load_sae(path: str | os.PathLike[str], device: torch.device | str = "cpu", d
       and training checkpoints of batchtopk and matryoshka_batchtopk.
     - Gemma Scope: `params.npz`.
     - EleutherAI sparsify: a directory with cfg.json and sae.safetensors; TopK.
-    - dictionary_learning: `ae.pt`, with its config.json beside it; AutoEncoder, AutoEncoderNew, GatedAutoEncoder,
-      AutoEncoderTopK, BatchTopKSAE, MatryoshkaBatchTopKSAE, JumpReluAutoEncoder.
+    - dictionary_learning: `ae.pt`, with its config.json beside it, or above `checkpoints/`; AutoEncoder,
+      AutoEncoderNew, GatedAutoEncoder, AutoEncoderTopK, BatchTopKSAE, MatryoshkaBatchTopKSAE, JumpReluAutoEncoder.
 
     Latents and reconstructions are those of the library that saved it, within rounding: what it subtracts from the
     input and the scales that it applies are folded into W_enc, b_enc and W_dec in float64 (in bfloat16 and float16 the
