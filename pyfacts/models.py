@@ -312,7 +312,11 @@ def _survey_lens(model: nn.Module, hooks: dict[str, nn.Module]) -> _Survey:
             if short == "mlp.hook_in" and name in hooks and _is_bypassed(model, block):
                 module = hooks.get(f"{block}.mlp.in.hook_in")
             if (module is None and short == "hook_mlp_in") or _is_gated(module, cfg):
-                module, side = _lens_mlp_norm(model, block, hooks), "input"
+                norm = _lens_mlp_norm(model, block, hooks)
+                if norm is not None:
+                    module, side = norm, "input"
+                elif not _is_bypassed(model, block):  # if it is, the hook is its first layer's, which fires
+                    module = None
             if module is None or id(module) not in paths:
                 continue
             neurons = short == "mlp.hook_post"
@@ -359,11 +363,18 @@ def _is_bypassed(model: nn.Module, block: str) -> bool:
 
 
 def _lens_mlp_norm(model: nn.Module, block: str, hooks: dict[str, nn.Module]) -> nn.Module | None:
-    """The norm in front of the MLP: its input is `hook_mlp_in`, whether or not TransformerLens copies it out."""
-    if f"{block}.hook_normalized_resid_post" in hooks:  # BERT's `ln2` comes after the MLP
-        return None
-    norm = getattr(model.get_submodule(block), "ln2", None)
-    return norm if isinstance(norm, nn.Module) else None
+    """The norm in front of the MLP: its input is `hook_mlp_in`, whether or not TransformerLens copies it out.
+
+    None where `ln2` comes after the MLP, as BERT's and OPT-350M's does.
+    """
+    module = model.get_submodule(block)
+    norm, bridged = getattr(module, "ln2", None), getattr(module, "_original_component", None)
+    behind = (
+        f"{block}.hook_normalized_resid_post" in hooks
+        or str(getattr(norm, "name", "")).startswith("output.")
+        or getattr(bridged, "do_layer_norm_before", True) is False
+    )
+    return norm if isinstance(norm, nn.Module) and not behind else None
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

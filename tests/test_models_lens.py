@@ -65,6 +65,29 @@ def test_hooked_transformer(hooked_transformer):
     check_against_run_with_cache(hooked_transformer)
 
 
+@pytest.mark.parametrize("compatible", [False, True])
+def test_a_bridge_whose_second_norm_comes_after_the_mlp(compatible):
+    """In compatibility mode BERT's first MLP layer lends its hook the name of one that must be switched on."""
+    builder = pytest.importorskip("transformer_lens.model_bridge.sources._bridge_builder")
+    import transformers
+
+    config = tiny.bert().config
+    torch.manual_seed(0)
+    model = transformers.BertForMaskedLM(config).eval()
+    bridge = builder.build_bridge_from_module(model, "BertForMaskedLM", hf_config=config).eval()
+    if compatible:
+        bridge.enable_compatibility_mode()
+    points, tokens = hook_points(bridge), tiny.tokens()
+    assert {"blocks.1.hook_mlp_in", "blocks.1.mlp.hook_in", "blocks.1.mlp.hook_post"} <= points.keys()
+    with torch.no_grad():
+        _, theirs = bridge.run_with_cache(tokens)
+        with capture(bridge, list(points)) as ours:
+            bridge(tokens)
+    for name in points:
+        found = ours[name] if points[name].kind == "rows" else ours[name].to_dense()
+        assert torch.equal(found, theirs[name].reshape(14, -1)), name
+
+
 def test_any_of_its_hooks_by_name(bridge):
     """Names that pyfacts does not list are taken from the model's own hooks, as rows."""
     with capture(bridge, "blocks.0.attn.o.hook_out") as cache, torch.no_grad():
