@@ -276,8 +276,8 @@ def _t5_layout(block: nn.Module) -> dict[str, str]:
     return rows
 
 
-SCALES_OF_THE_STREAM = ("residual_multiplier", "residual_scale", "input_residual", "layer_scalar")
-"""Granite's, MiniCPM's, Doge's and Gemma 4's: what a sublayer adds is scaled outside of any module."""
+SCALES_OF_THE_STREAM = ("residual_multiplier", "residual_scale", "input_residual", "layer_scalar", "mlp_beta_factor")
+"""Granite's, MiniCPM's, Doge's, Gemma 4's and MiniMax's: what a sublayer adds is scaled outside of any module."""
 
 
 def _rows(block: nn.Module, mlps: tuple[Mlp, ...]) -> dict[str, str]:

@@ -315,8 +315,8 @@ def _survey_lens(model: nn.Module, hooks: dict[str, nn.Module]) -> _Survey:
                 norm = _lens_mlp_norm(model, block, hooks)
                 if norm is not None:
                     module, side = norm, "input"
-                elif not _is_bypassed(model, block):  # if it is, the hook is its first layer's, which fires
-                    module = None
+                else:  # what a bridge's MLP reads is what its first layer reads
+                    module = hooks.get(f"{block}.mlp.in.hook_in") if _is_bypassed(model, block) else None
             if module is None or id(module) not in paths:
                 continue
             neurons = short == "mlp.hook_post"

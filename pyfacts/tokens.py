@@ -173,8 +173,8 @@ class Tokens:
         start, taken.seen = taken.seen, taken.seen + rows.shape[0]
         if taken.seen > self.n_tokens:
             raise ValueError(
-                f"{name} was handed activations of shape {tuple(x.shape)}, but the forward has {self.batch} x "
-                f"{self.length} tokens"
+                f"{name} was handed {taken.seen} rows (activations of shape {tuple(x.shape)} at last), but the forward "
+                f"has {self.batch} x {self.length} tokens: its module runs more than once, or has not one row per token"
             )
         if rows.shape[0] == self.n_tokens:
             if x.dim() > 2 and x.shape[0] not in (1, self.batch):

@@ -264,3 +264,11 @@ def test_dtype(tmp_path):
         pyfacts.load_sae(gemma_scope(tmp_path), dtype=torch.float64)
     assert pyfacts.load_sae(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16
     assert pyfacts.load_sae(sae_lens(tmp_path, {"dtype": "torch.float16"})).dtype == torch.float16
+
+
+def test_a_transcoder_of_gemma_scope(tmp_path):
+    """It holds the same arrays as an SAE: only the name of its repository tells."""
+    folder = tmp_path / "models--google--gemma-scope-2b-pt-transcoders" / "layer_3"
+    folder.mkdir(parents=True)
+    with pytest.raises(pyfacts.CheckpointError, match="is a transcoder's"):
+        pyfacts.load_sae(gemma_scope(folder))

@@ -1,17 +1,26 @@
 """Gemma Scope's `params.npz`: a JumpReLU SAE whose numbers are used as they stand.
 
-The file does not say where in Gemma it belongs; its directory's name does, so `hook_name` is None.
+The file does not say where in Gemma it belongs; its directory's name does, so `hook_name` is None. Nor does it say that
+it is a transcoder, of which Gemma Scope has some: a path with their repository's name is refused.
 """
 
+import re
 from pathlib import Path
 
 import torch
 
+from ..errors import CheckpointError
 from .files import read_npz
 from .record import SAE
 
+TRANSCODERS = re.compile(r"gemma-scope[^/]*transcoder")
+
 
 def load(path: Path, dtype: torch.dtype | None) -> SAE:
+    if TRANSCODERS.search(str(path.absolute())):
+        raise CheckpointError(
+            path, None, "is a transcoder's, which predicts another module's output; pyfacts loads autoencoders"
+        )
     tensors = read_npz(path)
     d_in, d_sae = tensors.matrix_shape("W_enc")
     dtype = dtype or tensors.dtype("W_enc")

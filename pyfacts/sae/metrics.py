@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..encoding import as_int
 
 if TYPE_CHECKING:
     from .record import SAE
@@ -42,6 +43,7 @@ def measure(sae: "SAE", x: Tensor, batch_size: int) -> SAEMetrics:
     """Measures sae on x [n_tokens, d_in]; memory is that of one batch."""
     if len(x) == 0:
         raise ValueError(f"metrics need at least one token, got x of shape {tuple(x.shape)}")
+    batch_size = as_int("batch_size", batch_size)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     batches = x.split(batch_size)
