@@ -237,11 +237,9 @@ py::tuple split_counts(const Encoding& encoding) {
   const std::unique_ptr<uint8_t[]> room(new uint8_t[columns * n_tokens + 1]);
   uint8_t* const occupancy_data = occupancy.mutable_data();
   int64_t* const n_occupied_data = n_occupied.mutable_data();
-  int64_t total = 0;
-  {
-    py::gil_scoped_release release;
-    total = storage::split_counts(encoding.view.counts, columns, n_tokens, occupancy_data, room.get(), n_occupied_data);
-  }
+  const int64_t total = without_gil([&] {
+    return storage::split_counts(encoding.view.counts, columns, n_tokens, occupancy_data, room.get(), n_occupied_data);
+  });
   return py::make_tuple(occupancy, Array8(total, room.get()), n_occupied);
 }
 
@@ -273,12 +271,7 @@ std::unique_ptr<Encoding> join_block(const py::object& occupancy, const py::obje
   Array64 tile_ptr = tile_ptr_array(n_features, n_tokens);
   uint8_t* const counts_data = counts.mutable_data();
   int64_t* const tile_ptr_data = tile_ptr.mutable_data();
-  storage::Fault fault;
-  {
-    py::gil_scoped_release release;
-    fault = storage::join_block(block, signed_zero, counts_data, tile_ptr_data);
-  }
-  raise_if(fault);
+  raise_if(without_gil([&] { return storage::join_block(block, signed_zero, counts_data, tile_ptr_data); }));
   return std::make_unique<Encoding>(counts, index, values, tile_ptr, n_features, dtype);
 }
 
@@ -310,10 +303,9 @@ py::tuple split_index(const py::object& counts, const py::object& index, int64_t
   Array8 gaps(sizes.positions), bitmaps(sizes.bitmaps);
   uint8_t* const gap_data = gaps.mutable_data();
   uint8_t* const bitmap_data = bitmaps.mutable_data();
-  {
-    py::gil_scoped_release release;
+  without_gil([&] {
     storage::split_index(count_bytes.data(), count_bytes.size(), width, index_bytes.data(), gap_data, bitmap_data);
-  }
+  });
   return py::make_tuple(gaps, bitmaps);
 }
 
@@ -324,10 +316,9 @@ Array8 join_index(const py::object& counts, const py::object& gaps, const py::ob
   expect_size("bitmaps", bitmap_bytes, sizes.bitmaps);
   Array8 index(sizes.positions + sizes.bitmaps);
   uint8_t* const out = index.mutable_data();
-  {
-    py::gil_scoped_release release;
+  without_gil([&] {
     storage::join_index(count_bytes.data(), count_bytes.size(), width, gap_bytes.data(), bitmap_bytes.data(), out);
-  }
+  });
   return index;
 }
 
@@ -340,10 +331,7 @@ Array8 reordered(const py::object& object, int64_t item_bytes, Reorder reorder) 
   expect_size("the buffer", bytes, n * item_bytes);
   Array8 result(n * item_bytes);
   uint8_t* const out = result.mutable_data();
-  {
-    py::gil_scoped_release release;
-    reorder(bytes.data(), n, item_bytes, out);
-  }
+  without_gil([&] { reorder(bytes.data(), n, item_bytes, out); });
   return result;
 }
 
