@@ -298,13 +298,6 @@ def _check_writable(out: Tensor) -> None:
         )
 
 
-def as_int(name: str, value: object) -> int:
-    """An argument as an int; TypeError says its name if it is none, and a bool is none."""
-    if not isinstance(value, bool) and hasattr(value, "__index__"):
-        return operator.index(value)
-    raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
-
-
 def _check_min_abs(min_abs: float) -> float:
     min_abs = float(min_abs)
     if not min_abs >= 0:  # NaN too

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .encoding import EncodedActivations, as_int, check_matrix
+from .encoding import EncodedActivations, check_matrix
+from .integers import as_int
 
 ACTIVATIONS = ("relu", "relu2", "jumprelu")
 

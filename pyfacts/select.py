@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .encoding import EncodedActivations, as_int, check_matrix, encode
+from .encoding import EncodedActivations, check_matrix, encode
+from .integers import at_least_one
 
 
 @runtime_checkable
@@ -49,9 +50,7 @@ class topk:
     """
 
     def __init__(self, k: int) -> None:
-        self.k = as_int("k", k)
-        if self.k < 1:
-            raise ValueError(f"k must be at least 1, got {self.k}")
+        self.k = at_least_one("k", k)
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> EncodedActivations:

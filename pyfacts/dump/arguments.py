@@ -11,17 +11,9 @@ from torch import Tensor, nn
 
 from .. import _library, cuda
 from ..attach import SaesByHook, SparseAutoencoder, resolve_captured
-from ..encoding import as_int
 from ..models import HookPoint, unwrap
 
 MAX_DEFAULT_CONTEXT = 2048
-
-
-def at_least_one(name: str, value: Any) -> int:
-    number = as_int(name, value)
-    if number < 1:
-        raise ValueError(f"{name} must be at least 1, got {number}")
-    return number
 
 
 def load_model(model: Any) -> tuple[nn.Module, str | None]:

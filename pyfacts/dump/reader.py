@@ -16,6 +16,7 @@ import numpy as np
 
 from .. import _storage
 from ..errors import OutOfRangeError, UnknownHookError
+from ..integers import at_least_one
 from . import shuffle
 from .arrays import BITS, FRAMEWORKS, numpy_framework
 from .cache import Cache
@@ -153,8 +154,7 @@ class Dump:
             window: tokens of a context: up to half of them before the firing one, the rest after it; fewer at the ends
                 of a sequence, beyond which the model saw nothing.
         """
-        if window < 1:
-            raise ValueError(f"window must be at least 1, got {window}")
+        window = at_least_one("window", window)
         reader = self[hook]
         firing: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         contexts = []
@@ -410,8 +410,7 @@ class DumpedHook:
         order of their maximum until none can hold a larger value.
         """
         j = self._feature(j)
-        if k < 1:
-            raise ValueError(f"k must be at least 1, got {k}")
+        k = at_least_one("k", k)
         maxima = [(float(self._maxima(shard)[j]), shard) for shard in self._dump._records]
         best: list[tuple[float, int]] = []  # a heap of (value, -token): its root is the worst
         for maximum, shard in sorted(maxima, key=lambda item: (-item[0], item[1])):

@@ -16,10 +16,10 @@ from .. import __version__
 from ..attach import SaesByHook
 from ..capture import DENSE_ABOVE
 from ..encoding import EncodedActivations, human_bytes
+from ..integers import at_least_one
 from ..stream import ActivationStream, check_select
 from . import files, layout
 from .arguments import (
-    at_least_one,
     check_lengths,
     check_vocabulary,
     default_context,

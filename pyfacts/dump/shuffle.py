@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..integers import at_least_one
 from .arrays import BITS
 
 if TYPE_CHECKING:
@@ -22,8 +23,7 @@ def batches(
     world_size: int,
 ) -> Iterator[dict[str, Any]]:
     """See `Dump.batches`; `blocks` are (shard, block)."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    batch_size = at_least_one("batch_size", batch_size)
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be in [0, world_size), got {rank} of {world_size}")
     if not hooks:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..encoding import as_int
+from ..integers import at_least_one
 
 if TYPE_CHECKING:
     from .record import SAE
@@ -43,10 +43,7 @@ def measure(sae: "SAE", x: Tensor, batch_size: int) -> SAEMetrics:
     """Measures sae on x [n_tokens, d_in]; memory is that of one batch."""
     if len(x) == 0:
         raise ValueError(f"metrics need at least one token, got x of shape {tuple(x.shape)}")
-    batch_size = as_int("batch_size", batch_size)
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    batches = x.split(batch_size)
+    batches = x.split(at_least_one("batch_size", batch_size))
     mean = sum((batch.sum(dim=0, dtype=torch.float64) for batch in batches), torch.zeros(())) / len(x)
     nnz, error, variance = 0, 0.0, 0.0
     fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=x.device)

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..encoding import DTYPES, EncodedActivations, as_int
+from ..encoding import DTYPES, EncodedActivations
+from ..integers import as_int
 from ..linear import linear_batch_topk_encode, linear_relu_encode, linear_topk_encode, sparse_linear
 from .input_norm import INPUT_NORMS, row_norm
 from .metrics import SAEMetrics, measure
