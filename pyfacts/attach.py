@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .encoding import EncodedActivations
-from .models import HookPoint, NamesFilter, resolve_hooks
+from .models import HookPoint, NamesFilter, resolve_hooks, same_activations
 
 LATENTS = "hook_sae_acts_post"
 
@@ -129,11 +129,13 @@ def attach(model: nn.Module, saes: SaesByHook) -> dict[HookPoint, SparseAutoenco
 def _warn_if_elsewhere(model: nn.Module, point: HookPoint, sae: SparseAutoencoder) -> None:
     """Warn if the SAE's own hook is another one of this model: in the residual stream all widths are the same."""
     own = getattr(sae, "hook_name", None)
+    if not isinstance(own, str):
+        return
     try:
-        (trained_on,) = resolve_hooks(model, [own]) if isinstance(own, str) else (point,)
+        (trained_on,) = resolve_hooks(model, [own])
     except ValueError:  # named as in another library
         return
-    if (trained_on.module_path, trained_on.side) != (point.module_path, point.side):
+    if not same_activations(model, trained_on, point):
         warnings.warn(f"the SAE at {point.name} was trained on {own}, as its checkpoint says", stacklevel=6)
 
 

@@ -124,6 +124,21 @@ def resolve_hooks(model: nn.Module, names_filter: NamesFilter = None) -> list[Ho
     return list(chosen_by_name.values())
 
 
+def same_activations(model: nn.Module, a: HookPoint, b: HookPoint) -> bool:
+    """Whether two hooks are one place in the model; the stream behind a block is the stream in front of the next."""
+    points = _survey(unwrap(model)).points
+
+    def place(point: HookPoint) -> tuple[str, str]:
+        for name, end in points.items():
+            block, _, short = name.rpartition(".")
+            if short == "hook_resid_post" and (end.module_path, end.side) == (point.module_path, point.side):
+                stack, _, index = block.rpartition(".")
+                point = points.get(f"{stack}.{int(index) + 1}.hook_resid_pre", point)
+        return point.module_path, point.side
+
+    return place(a) == place(b)
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside `torch.compile`'s and data-parallel wrappers."""
     if not isinstance(model, nn.Module):

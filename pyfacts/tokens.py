@@ -223,7 +223,7 @@ def join(parts: Sequence[Activations]) -> Activations:
     if isinstance(parts[0], Tensor):
         if len({part.dtype for part in parts}) > 1:
             raise ValueError(
-                f"rows of {parts[0].dtype} and of another dtype cannot be joined: run one forward a capture"
+                f"rows of {parts[0].dtype} and of another dtype cannot be joined: capture such forwards one by one"
             )
         return parts[0] if len(parts) == 1 else torch.cat(parts)  # type: ignore[arg-type]
     return cat(parts)  # type: ignore[arg-type]

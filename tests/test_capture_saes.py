@@ -235,7 +235,8 @@ class TestErrors:
 
     def test_another_hook_than_it_was_trained_on(self, model: nn.Module, recwarn: pytest.WarningsRecorder) -> None:
         """All widths of the residual stream are the same: only the checkpoint tells."""
-        for hook in (RESID, "model.decoder.layers.1", "of another library"):
+        same = ("model.decoder.layers.1", "model.decoder.layers.0:output", "blocks.0.hook_resid_post")
+        for hook in (RESID, *same, "of another library"):
             sae = TinySae(16)
             sae.hook_name = hook
             pyfacts.capture(model, saes={RESID: sae})

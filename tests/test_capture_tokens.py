@@ -152,6 +152,18 @@ def test_a_cache_from_before_the_capture(model):
     assert cache.positions.tolist() == [[0, 4], [0, 5], [1, 4], [1, 5]]
 
 
+def generate(model, mask, n_new, cache_implementation):
+    """So many tokens after a prompt as long as its mask."""
+    model.generate(
+        tiny.tokens(*mask.shape),
+        attention_mask=mask,
+        max_new_tokens=n_new,
+        min_new_tokens=n_new,
+        do_sample=False,
+        cache_implementation=cache_implementation,
+    )
+
+
 @pytest.mark.parametrize("make", [tiny.opt, lambda: tiny.llama_like("Gemma2", head_dim=8)])
 def test_a_static_cache_keeps_padding_out_too(make):
     """`generate` then hands the model masks [batch, 1, query, key], for Gemma one for each kind of layer."""
@@ -159,14 +171,7 @@ def test_a_static_cache_keeps_padding_out_too(make):
     mask, caches = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]), []
     for implementation in ("dynamic", "static"):
         with pyfacts.capture(model, NEURONS[1]) as cache:
-            model.generate(
-                tiny.tokens(2, 4),
-                attention_mask=mask,
-                max_new_tokens=3,
-                min_new_tokens=3,
-                do_sample=False,
-                cache_implementation=implementation,
-            )
+            generate(model, mask, 3, implementation)
         caches.append(cache)
     assert caches[0].positions.tolist() == caches[1].positions.tolist() and len(caches[0].positions) == 6 + 2 * 2
     torch.testing.assert_close(*(cache[NEURONS[1]].to_dense() for cache in caches), rtol=1e-4, atol=1e-5)
@@ -178,14 +183,7 @@ def test_a_static_cache_whose_window_is_shorter_than_the_text():
     mask = torch.ones(2, 12, dtype=torch.long)
     mask[0, :3] = 0
     with pyfacts.capture(model, NEURONS[1], select=pyfacts.topk(3)) as cache:
-        model.generate(
-            tiny.tokens(2, 12),
-            attention_mask=mask,
-            max_new_tokens=4,
-            min_new_tokens=4,
-            do_sample=False,
-            cache_implementation="static",
-        )
+        generate(model, mask, 4, "static")
     expected = [*mask.nonzero().tolist(), *([s, p] for p in (12, 13, 14) for s in (0, 1))]
     assert cache.positions.tolist() == expected
 
