@@ -22,6 +22,7 @@ if importlib.util.find_spec("torch") is not None:
     from .capture import ActivationCache, capture
     from .dump.run import dump
     from .encoding import EncodedActivations, cat, encode
+    from .hook_point import HookPoint
     from .linear import (
         gated_relu_encode,
         linear_batch_topk_encode,
@@ -29,7 +30,7 @@ if importlib.util.find_spec("torch") is not None:
         linear_topk_encode,
         sparse_linear,
     )
-    from .models import HookPoint, hook_points
+    from .models import hook_points
     from .sae import SAE, load_sae
     from .select import min_abs, topk
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .models import HookPoint, hook_points, resolve_hooks, unwrap
+from .hook_point import HookPoint
+from .models import hook_points, resolve_names, unwrap
 from .stream import add_hook, eager, never_fired
 
 
@@ -53,7 +54,7 @@ def ablate(model: nn.Module, indices: Mapping[str, Iterable[int] | Tensor], valu
     if not indices:
         raise ValueError("indices is empty: name at least one hook and its features")
     root = unwrap(model)
-    points = resolve_hooks(model, list(indices))
+    points = resolve_names(model, indices)
     for point in points:
         _check_settable(model, point)
     silent = {point.name for point in points}
@@ -97,11 +98,14 @@ def _setter(point: HookPoint, features: Tensor, value: float, silent: set[str]) 
         if not isinstance(x, Tensor) or x.is_nested:
             what = "a nested tensor" if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"{point.name}: {point.module_path} is handed {what}, not a tensor with a row per token")
+        shape = x.shape
+        if point.per_head and x.dim() == 4:
+            x = x.flatten(2)
         if point.width is not None and x.shape[-1] != point.width:
             raise ValueError(f"{point.name}: activations of width {x.shape[-1]}, but the hook's width is {point.width}")
         if point.width is None:
             _check_range(point.name, features.tolist(), x.shape[-1])
-        return x.index_fill(-1, features.to(x.device), value)
+        return x.index_fill(-1, features.to(x.device), value).view(shape)
 
     return set_features
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .encoding import EncodedActivations
-from .models import HookPoint, NamesFilter, resolve_hooks, same_activations
+from .hook_point import HookPoint
+from .models import NamesFilter, resolve_hooks, resolve_names, same_activations
 
 LATENTS = "hook_sae_acts_post"
 
@@ -114,7 +115,7 @@ def attach(model: nn.Module, saes: SaesByHook) -> dict[HookPoint, SparseAutoenco
                 f"the SAE at {name!r} must have d_in, d_sae, dtype, device, encode, tensors, config and to, got "
                 f"{sae!r:.80}. Save another library's SAE with that, and load it with pyfacts.load_sae(path)"
             )
-        (point,) = resolve_hooks(model, [name])
+        (point,) = resolve_names(model, [name])
         if point.width is not None and point.width != sae.d_in:
             raise ValueError(
                 f"the SAE at {name} reads d_in = {sae.d_in}, but that hook's width is {point.width}: it was trained on "
@@ -132,7 +133,7 @@ def _warn_if_elsewhere(model: nn.Module, point: HookPoint, sae: SparseAutoencode
     if not isinstance(own, str):
         return
     try:
-        (trained_on,) = resolve_hooks(model, [own])
+        (trained_on,) = resolve_names(model, [own])
     except ValueError:  # named as in another library
         return
     if not same_activations(model, trained_on, point):

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from .attach import SaesByHook, resolve_captured
 from .encoding import EncodedActivations
 from .errors import UnknownHookError
-from .models import HookPoint, NamesFilter
+from .hook_point import HookPoint
+from .models import NamesFilter
 from .select import Select
 from .stream import ActivationStream, never_fired
 from .tokens import Activations, TokenMask, join
@@ -38,10 +39,10 @@ class capture:
     Args:
         model: a Hugging Face, TransformerLens or plain model.
         names_filter: None for every MLP's neurons; a name or a list of names from `pyfacts.hook_points(model)`, or
-            module paths (`"fc2"` is its input, `"fc2:output"` its output); or a callable that is asked about each name.
-            With `saes`, None is no hook but their latents.
+            module paths (`"fc2"` is its input, `"fc2:output"` its output), in which `*` stands for anything; or a
+            callable that is asked about each name from `hook_points`. With `saes`, None is no hook but their latents.
         select: None keeps every value that is not zero, exactly. `pyfacts.topk(k)` and `pyfacts.min_abs(theta)` keep
-            less of dense activations; `dropped_share` of the result says how much they dropped.
+            less of dense neurons; `dropped_share` of the result says how much they dropped.
         token_mask: which tokens to keep. A bool tensor [batch, pos], or a dict of them for the streams "encoder" and
             "decoder", stands instead of the attention mask. A callable is given `input_ids` and returns one, for
             several forwards; of the tokens that it names, those are kept that the attention mask keeps too (`lambda
@@ -57,8 +58,8 @@ class capture:
 
     Raises:
         ValueError: an unknown hook (with close matches), a mixture of experts' neurons, no recognisable MLPs, an SAE of
-            another width than its hook; from inside the forward, activations of another width than the hook's, or a
-            mask that does not fit.
+            another width than its hook, a select without neurons; from inside the forward, activations of another width
+            than the hook's, or a mask that does not fit.
         TypeError: an argument of another type; from inside the forward, activations of an unsupported dtype.
         HookNeverFired: (a ValueError and a RuntimeError) at the end, a hook that saw no activations.
 

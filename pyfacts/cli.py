@@ -9,8 +9,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from fnmatch import fnmatchcase
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -150,7 +149,7 @@ def dump_command(
             model,
             tokens,
             out_directory,
-            names_filter=_names_filter(hooks),
+            names_filter=hooks,
             select=select,
             saes=_load_saes(sae or []),
             codec=codec,
@@ -290,13 +289,6 @@ def _open(directory: Path) -> Dump:
     import pyfacts
 
     return pyfacts.open_dump(directory)
-
-
-def _names_filter(hooks: list[str] | None) -> list[str] | Callable[[str], bool] | None:
-    """Names as they are; with a pattern among them, a function of a name."""
-    if hooks is None or not any("*" in hook for hook in hooks):
-        return hooks
-    return lambda name: any(fnmatchcase(name, hook) for hook in hooks)
 
 
 def _load_saes(arguments: list[str]) -> dict[str, Any]:

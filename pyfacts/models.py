@@ -8,40 +8,20 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Literal
 
 import torch
 from torch import nn
 
+from . import lens
 from .blocks import ORDER, BlockSurvey, holds_experts, in_width, is_attention, out_width, survey_block
+from .hook_point import HookPoint, Survey, refusal
 
 NamesFilter = str | Iterable[str] | Callable[[str], bool] | None
-
-
-@dataclass(frozen=True)
-class HookPoint:
-    """One place in a model where activations can be read or set.
-
-    Attributes:
-        name: as given to `capture`: `blocks.3.mlp.hook_post`, or a module path such as `fc2` or `fc2:output`.
-        module_path: the module that is hooked, relative to the model without wrappers such as `torch.compile`'s.
-        side: whether the module's input or its output is meant.
-        width: the activations' last dimension, None where the module does not tell.
-        kind: "neurons" are encoded, "rows" (the residual stream and its like) are kept as they are.
-        activation: the name of the MLP's activation function as the config has it, None if there is none.
-        stream: whose tokens the rows are: "encoder" or "decoder" in a model that has both, else "" (for a module path
-            into another tower, such as a vision encoder's, the name itself).
-    """
-
-    name: str
-    module_path: str
-    side: Literal["input", "output"]
-    width: int | None
-    kind: Literal["neurons", "rows"]
-    activation: str | None = None
-    stream: str = ""
 
 
 def hook_points(model: nn.Module) -> dict[str, HookPoint]:
@@ -88,7 +68,8 @@ def resolve_hooks(model: nn.Module, names_filter: NamesFilter = None) -> list[Ho
     Args:
         model: the model.
         names_filter: None for every MLP's neurons; a name or a list of names, each from `hook_points` or a module path
-            (`"fc2"` for its input, `"fc2:output"` for its output); or a callable that is asked about every name.
+            (`"fc2"` for its input, `"fc2:output"` for its output), in which `*` stands for anything; or a callable that
+            is asked about every name from `hook_points`.
 
     Returns:
         The hooks, each once, in the order of the list given or else of the forward pass.
@@ -97,31 +78,30 @@ def resolve_hooks(model: nn.Module, names_filter: NamesFilter = None) -> list[Ho
         ValueError: an unknown name (the message lists close matches), a mixture of experts' neurons, or no hook at all.
         TypeError: `names_filter` is something else.
     """
-    survey = _survey(unwrap(model))
-    if names_filter is None or callable(names_filter):
-        chosen = [
-            point
-            for name, point in survey.points.items()
-            if (point.kind == "neurons" if names_filter is None else names_filter(name))
-        ]
-        if not chosen and names_filter is not None and survey.points:
-            raise ValueError(
-                f"names_filter chose none of the model's {len(survey.points)} hooks: {_some(survey.points)}"
-            )
-        if not chosen:
-            raise ValueError(survey.ambiguous or next(iter(survey.refused.values()), None) or _no_mlps(model))
-        return chosen
+    if names_filter is None:
+        return _all_neurons(model)
+    if callable(names_filter):
+        return _accepted(model, names_filter)
     names = [names_filter] if isinstance(names_filter, str) else names_filter
     if not isinstance(names, Iterable):
         raise TypeError(f"names_filter must be None, a str, a list of str or a callable, got {type(names).__name__}")
-    chosen_by_name: dict[str, HookPoint] = {}
+    chosen = resolve_names(model, names, patterns=True)
+    if not chosen:
+        raise ValueError("names_filter is empty: name at least one hook, or pass None for every MLP's neurons")
+    return chosen
+
+
+def resolve_names(model: nn.Module, names: Iterable[str], patterns: bool = False) -> list[HookPoint]:
+    """The hooks of these names, each once; raises as `resolve_hooks` does."""
+    model = unwrap(model)
+    survey = _survey(model)
+    chosen: dict[str, HookPoint] = {}
     for name in names:
         if not isinstance(name, str):
             raise TypeError(f"names_filter must hold hook names as str, got {name!r} of type {type(name).__name__}")
-        chosen_by_name[name] = _resolve(unwrap(model), survey, name)
-    if not chosen_by_name:
-        raise ValueError("names_filter is empty: name at least one hook, or pass None for every MLP's neurons")
-    return list(chosen_by_name.values())
+        for match in _matches(model, survey, name) if patterns and "*" in name else [name]:
+            chosen[match] = _resolve(model, survey, match)
+    return list(chosen.values())
 
 
 def same_activations(model: nn.Module, a: HookPoint, b: HookPoint) -> bool:
@@ -152,16 +132,9 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
-@dataclass
-class _Survey:
-    points: dict[str, HookPoint] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)  # a name one would ask for, and why it is not given
-    ambiguous: str | None = None  # why there are no names, though there are MLPs
-
-
-def _survey(model: nn.Module) -> _Survey:
-    lens_hooks = _lens_hooks(model)
-    return _survey_lens(model, lens_hooks) if lens_hooks else _survey_blocks(model)
+def _survey(model: nn.Module) -> Survey:
+    lens_hooks = lens.named_hooks(model)
+    return lens.survey(model, lens_hooks) if lens_hooks else _survey_blocks(model)
 
 
 # --- Hugging Face and models built like them -------------------------------------------------------------------------
@@ -181,10 +154,10 @@ class _Stack:
         return f"{path}.{found.mlps[0].down}" if found.mlps else path
 
 
-def _survey_blocks(model: nn.Module) -> _Survey:
+def _survey_blocks(model: nn.Module) -> Survey:
     stacks = list(_stacks(model))
     stacks = [stack for stack in stacks if not OTHER_TOWERS.search(stack.path)] or stacks
-    result = _Survey()
+    result = Survey()
     prefixes = _prefixes(stacks)
     if prefixes is None:
         result.ambiguous = (
@@ -236,7 +209,7 @@ def _prefixes(stacks: list[_Stack]) -> list[tuple[str, _Stack]] | None:
 
 
 def _name_block(
-    model: nn.Module, prefix: str, path: str, found: BlockSurvey, activation: str | None, result: _Survey
+    model: nn.Module, prefix: str, path: str, found: BlockSurvey, activation: str | None, result: Survey
 ) -> None:
     stream = prefix.partition("_blocks")[0] if "_blocks" in prefix else ""
     d_model = _d_model(model, path, found)
@@ -261,7 +234,7 @@ def _name_block(
     if found.experts and "mlp.hook_post" not in neurons:
         beside = f" The shared MLP beside them is {', '.join(p.name for p in neurons.values())}." if neurons else ""
         name = f"{prefix}.mlp.hook_post"
-        result.refused[name] = _refusal(name, f"{path}.{found.experts[0]}") + beside
+        result.refused[name] = refusal(name, f"{path}.{found.experts[0]}") + beside
 
 
 def _d_model(model: nn.Module, path: str, found: BlockSurvey) -> int | None:
@@ -291,131 +264,70 @@ def _activation(model: nn.Module, path: str) -> str | None:
     return None
 
 
-# --- TransformerLens -------------------------------------------------------------------------------------------------
-
-_LENS_NEURONS = re.compile(
-    r"^(?P<block>(?:\w+\.)*?(?:(?:encoder_|decoder_)?blocks|encoder|decoder)\.\d+)\.mlp\.hook_post$"
-)
-
-_LENS_EXPERTS = re.compile(r"^\w*blocks\.\d+\.mlp\.experts$")
-
-
-def _lens_hooks(model: nn.Module) -> dict[str, nn.Module]:
-    """A TransformerLens model's HookPoint modules by every name they have; empty for any other model."""
-    hooks = dict(getattr(model, "hook_dict", None) or {})
-    if not hooks:
-        hooks = {path: module for path, module in model.named_modules() if path.rpartition(".")[2].startswith("hook_")}
-    lens = any(_LENS_NEURONS.match(name) for name in hooks) or hasattr(model, "hook_dict")
-    return hooks if lens else {}
-
-
-def _survey_lens(model: nn.Module, hooks: dict[str, nn.Module]) -> _Survey:
-    blocks = {match["block"]: None for match in map(_LENS_NEURONS.match, hooks) if match}
-    blocks |= {
-        path.removesuffix(".mlp.experts"): None for path, _ in model.named_modules() if _LENS_EXPERTS.match(path)
-    }
-    both_sides = len({block.rpartition(".")[0] for block in blocks}) > 1
-    cfg = getattr(model, "cfg", None)
-    paths = {id(module): path for path, module in reversed(list(model.named_modules()))}
-    result = _Survey()
-    for block in sorted(blocks, key=_natural):
-        stream = re.sub(r"_?blocks$", "", block.rpartition(".")[0]) if both_sides else ""
-        experts = survey_block(model.get_submodule(block)).experts
-        for short in ORDER:
-            name = f"{block}.{short}"
-            module, side = hooks.get(name), "output"
-            if short == "mlp.hook_in" and name in hooks and _is_bypassed(model, block):
-                module = hooks.get(f"{block}.mlp.in.hook_in")
-            if (module is None and short == "hook_mlp_in") or _is_gated(module, cfg):
-                norm = _lens_mlp_norm(model, block, hooks)
-                if norm is not None:
-                    module, side = norm, "input"
-                else:  # what a bridge's MLP reads is what its first layer reads
-                    module = hooks.get(f"{block}.mlp.in.hook_in") if _is_bypassed(model, block) else None
-            if module is None or id(module) not in paths:
-                continue
-            neurons = short == "mlp.hook_post"
-            if neurons and experts:  # the name is there, and may hand out the mixture's output
-                continue
-            result.points[name] = HookPoint(
-                name,
-                paths[id(module)],
-                side,  # type: ignore[arg-type]
-                _lens_width(model, paths[id(module)], cfg, neurons),
-                "neurons" if neurons else "rows",
-                getattr(cfg, "act_fn", None) if neurons else None,
-                stream,
-            )
-        if experts:
-            name = f"{block}.mlp.hook_post"
-            result.refused[name] = _refusal(name, f"{block}.{experts[0]}")
-    return result
-
-
-def _lens_width(model: nn.Module, hook_path: str, cfg: object, neurons: bool) -> int | None:
-    """The width of a hook: of neurons, from the down-projection; the config's `d_mlp` can be a guess."""
-    width = getattr(cfg, "d_mlp" if neurons else "d_model", None)
-    if neurons:
-        holder = model.get_submodule(hook_path.rpartition(".")[0])
-        if "W_out" in holder._parameters:  # HookedTransformer: [d_mlp, d_model]
-            width = holder._parameters["W_out"].shape[0]  # type: ignore[union-attr]
-        elif isinstance(getattr(holder, "_original_component", None), nn.Module):
-            width = in_width(holder._original_component) or width  # type: ignore[arg-type]
-    return width if isinstance(width, int) else None
-
-
-def _is_gated(hook: nn.Module | None, cfg: object) -> bool:
-    """Whether this is the `hook_mlp_in` that TransformerLens calls only if the config's `use_hook_mlp_in` is set."""
-    if hook is None or getattr(cfg, "use_hook_mlp_in", True):
-        return False
-    return str(getattr(hook, "name", "")).endswith("hook_mlp_in")
-
-
-def _is_bypassed(model: nn.Module, block: str) -> bool:
-    """Whether a bridge's MLP wraps nothing (OPT's lies in the block itself), so that its own hooks are not called."""
-    mlp = getattr(model.get_submodule(block), "mlp", None)
-    return hasattr(mlp, "_original_component") and getattr(mlp, "name", "") is None
-
-
-def _lens_mlp_norm(model: nn.Module, block: str, hooks: dict[str, nn.Module]) -> nn.Module | None:
-    """The norm in front of the MLP: its input is `hook_mlp_in`, whether or not TransformerLens copies it out.
-
-    None where `ln2` comes after the MLP, as BERT's and OPT-350M's does.
-    """
-    module = model.get_submodule(block)
-    norm, bridged = getattr(module, "ln2", None), getattr(module, "_original_component", None)
-    behind = (
-        f"{block}.hook_normalized_resid_post" in hooks
-        or str(getattr(norm, "name", "")).startswith("output.")
-        or getattr(bridged, "do_layer_norm_before", True) is False
-    )
-    return norm if isinstance(norm, nn.Module) and not behind else None
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
-
-
 _CROSS_ATTENDED = re.compile(r"(EncDecAttention|encoder_attn|cross_?att\w*)(\.\w+)*\.(k|v|k_proj|v_proj|key|value)$")
 """What a decoder computes of the encoder's states: T5's, BART's, BERT's."""
+
+
+# --- many names ------------------------------------------------------------------------------------------------------
+
+
+def _all_neurons(model: nn.Module) -> list[HookPoint]:
+    survey = _survey(unwrap(model))
+    neurons = [point for point in survey.points.values() if point.kind == "neurons"]
+    if not neurons:
+        raise ValueError(survey.ambiguous or next(iter(survey.refused.values()), None) or _no_mlps(model))
+    return neurons
+
+
+def _accepted(model: nn.Module, accepts: Callable[[str], bool]) -> list[HookPoint]:
+    points = hook_points(model)
+    chosen = [point for name, point in points.items() if accepts(name)]
+    if not chosen:
+        raise ValueError(f"names_filter chose none of the model's {len(points)} hooks: {_some(points)}")
+    model = unwrap(model)
+    captured = {id(model.get_submodule(point.module_path)) for point in chosen}
+    missed = [
+        name
+        for name, hook in lens.named_hooks(model).items()
+        if name not in points and id(hook) not in captured and accepts(name)
+    ]
+    if missed:
+        warnings.warn(
+            f"names_filter accepts {len(missed)} more hooks of TransformerLens', which pyfacts.hook_points does not "
+            f"list, and which are not captured: {_some(missed)}. A list of names can have them",
+            stacklevel=4,
+        )
+    return chosen
+
+
+def _matches(model: nn.Module, survey: Survey, pattern: str) -> list[str]:
+    """The names that a pattern matches: of those listed, or else a TransformerLens model's other hooks, or modules."""
+    path, colon, side = pattern.partition(":")
+    paths = [f"{p}{colon}{side}" for p, _ in model.named_modules() if p and fnmatchcase(p, path)]
+    for names in (survey.points, survey.refused, lens.named_hooks(model), paths):
+        if found := [name for name in names if fnmatchcase(name, pattern)]:
+            return found
+    known = survey.points or [p for p, _ in model.named_modules() if p]
+    raise ValueError(f"{pattern!r} matches no hook of the model: neither {_some(known)} nor a module's path")
 
 
 # --- one name --------------------------------------------------------------------------------------------------------
 
 
-def _resolve(model: nn.Module, survey: _Survey, name: str) -> HookPoint:
+def _resolve(model: nn.Module, survey: Survey, name: str) -> HookPoint:
     if name in survey.points:
         return survey.points[name]
     if name in survey.refused:
         raise ValueError(survey.refused[name])
-    lens_hook = _lens_hooks(model).get(name)
+    lens_hook = lens.named_hooks(model).get(name)
     path, _, side = name.partition(":")
     if lens_hook is not None:
         paths = {id(module): module_path for module_path, module in model.named_modules()}
         if id(lens_hook) in paths:
             _refuse_experts(model, paths[id(lens_hook)], name)
             kind: Literal["neurons", "rows"] = "neurons" if name.endswith(("acts_post", "mlp.hook_pre")) else "rows"
-            return HookPoint(name, paths[id(lens_hook)], "output", None, kind)
+            per_head = lens.HEADS.search(name) is not None
+            return HookPoint(name, paths[id(lens_hook)], lens.side_of(lens_hook), None, kind, per_head=per_head)
     try:
         module = model.get_submodule(path)
     except AttributeError:
@@ -443,18 +355,10 @@ def _refuse_experts(model: nn.Module, path: str, name: str) -> None:
     for depth in range(1, len(parts) + 1):
         outer = ".".join(parts[:depth])
         if parts[depth - 1] == "experts" or (not is_attention(outer) and holds_experts(model.get_submodule(outer))):
-            raise ValueError(_refusal(name, outer))
+            raise ValueError(refusal(name, outer))
 
 
-def _refusal(name: str, experts: str) -> str:
-    return (
-        f"{name} is a mixture of experts ({experts} holds many MLPs' weights): each token visits only some of them, so "
-        "there is no one row of neurons for a token, and pyfacts does not capture experts. Dense and shared MLPs "
-        "beside them, and the residual stream, can be captured (pyfacts.hook_points lists them)."
-    )
-
-
-def _unknown(model: nn.Module, survey: _Survey, name: str) -> str:
+def _unknown(model: nn.Module, survey: Survey, name: str) -> str:
     known = [*survey.points, *(path for path, _ in model.named_modules() if path)]
     close = difflib.get_close_matches(name, known, n=5, cutoff=0.6)
     hint = f"Close matches: {', '.join(close)}." if close else f"Known are {_some(survey.points or known)}."

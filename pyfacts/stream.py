@@ -18,12 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _library, cuda
+from . import _library, cuda, lens_calls
 from .attach import SparseAutoencoder, encode_latents
 from .drain import Activations, Draining
 from .encoding import DTYPES
 from .errors import HookNeverFired
-from .models import HookPoint, unwrap
+from .hook_point import HookPoint
+from .lens import is_lens
+from .models import unwrap
 from .select import Select
 from .tokens import End, Forward, Taken, TokenMask, Tokens, past_length
 
@@ -58,7 +60,7 @@ class ActivationStream:
         stop_early: bool = False,
         saes: Mapping[HookPoint, SparseAutoencoder] | None = None,
     ) -> None:
-        check_select(select)
+        check_select(select, points)
         if token_mask is not None and not isinstance(token_mask, Tensor | Mapping) and not callable(token_mask):
             raise TypeError(f"token_mask must be a tensor, a dict of tensors or a callable, got {token_mask!r}")
         streams = {point.stream for point in (*points, *(saes or ()))}
@@ -93,6 +95,9 @@ class ActivationStream:
             for path, streams in self._owners(root).items():
                 module = root.get_submodule(path)
                 begin, end = self._begin_hook(path, streams, module), self._end_hook(module)
+                if is_lens(module):
+                    exit_stack.callback(lens_calls.around_forward(module, begin, end))
+                    continue
                 exit_stack.callback(module.register_forward_pre_hook(begin, prepend=True, with_kwargs=True).remove)
                 exit_stack.callback(module.register_forward_hook(end, always_call=True).remove)
             for point in self.points:
@@ -156,18 +161,19 @@ class ActivationStream:
         return owners
 
     def _begin_hook(self, path: str, streams: set[str], module: nn.Module) -> Callable[..., None]:
-        names = _forward_signature(module)
+        names, of_lens = _forward_signature(module), is_lens(module)
 
         def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if _recomputing():
                 return
+            bound = _bind(names, args, kwargs)
+            bound = lens_calls.arguments(module, bound) if of_lens else bound
             forward = self._forward
             # A module that begins inside its own forward was left by an exception that no hook sees.
             if forward is None or forward.owner is None or forward.owner is module:
                 if forward is not None and forward.owner is None:
                     self._deliver(forward)
                 forward = self._forward = Forward(owner=module)
-            bound = _bind(names, args, kwargs)
             for stream in streams & {"", "encoder", "decoder"}:
                 prefix = "decoder_" if stream == "decoder" and "decoder" not in path else ""
                 tokens = forward.tokens.setdefault(stream, Tokens())
@@ -247,10 +253,15 @@ class ActivationStream:
         return self.saes[point]
 
 
-def check_select(select: Any) -> None:
-    """Raises TypeError unless this is what `select=` takes."""
-    if select is not None and (isinstance(select, type) or not isinstance(select, Select)):
+def check_select(select: Any, points: Sequence[HookPoint]) -> None:
+    """Raises TypeError unless this is what `select=` takes, ValueError if none of the hooks has neurons to select."""
+    if select is None:
+        return
+    if isinstance(select, type) or not isinstance(select, Select):
         raise TypeError(f"select must be pyfacts.topk(k), pyfacts.min_abs(theta) or alike, got {select!r}")
+    if all(point.kind != "neurons" for point in points):
+        hooks = ", ".join(point.name for point in points) or "latents of SAEs, which are sparse already"
+        raise ValueError(f"select keeps less of neurons, and none are captured, but {hooks}: leave select out")
 
 
 # ---- modules and tensors ---------------------------------------------------------------------------------------------
@@ -347,6 +358,8 @@ def _check(point: HookPoint, value: Any, sae: SparseAutoencoder | None) -> Tenso
             f"{point.name}: {side} is a nested tensor, without padding, whose rows pyfacts cannot place: make the "
             "nn.TransformerEncoder with enable_nested_tensor=False"
         )
+    if point.per_head and value.dim() == 4:
+        value = value.flatten(2)
     if value.dim() == 0:
         raise ValueError(f"{point.name}: {side} is a single number, not a row per token")
     if width is not None and value.shape[-1] != width:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .drain import Activations, Drain, Draining
 from .encoding import cat
-from .models import HookPoint
+from .hook_point import HookPoint
 
 TokenMask = Tensor | Mapping[str, Tensor] | Callable[[Tensor], Tensor] | None
 
@@ -233,6 +233,9 @@ def past_length(cache: Any) -> int:
     """How many tokens a key-value cache holds already."""
     if hasattr(cache, "get_seq_length"):
         return int(cache.get_seq_length())
+    entries = getattr(cache, "entries", None)  # TransformerLens'
+    if entries:
+        return int(entries[0].past_keys.shape[1])
     if isinstance(cache, tuple | list) and cache and isinstance(cache[0], tuple | list) and cache[0]:
         return int(cache[0][0].shape[-2]) if isinstance(cache[0][0], Tensor) else 0
     return 0

@@ -69,6 +69,12 @@ def test_names_filter_adds_hooks_and_select_is_for_neurons_only(model: nn.Module
     assert list(cache) == NEURONS
 
 
+@pytest.mark.parametrize(("names", "saes"), [(None, {RESID: TinySae(16)}), ([RESID], None)])
+def test_a_select_of_nothing_is_an_error(model: nn.Module, names: list[str] | None, saes: dict | None) -> None:
+    with pytest.raises(ValueError, match="select keeps less of neurons, and none are captured"):
+        pyfacts.capture(model, names, select=pyfacts.topk(2), saes=saes)
+
+
 @pytest.mark.parametrize(
     ("hook", "module_path", "side", "d_in"),
     [

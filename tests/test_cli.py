@@ -227,7 +227,7 @@ def test_latents_of_a_checkpoint(run: Run, work: Path) -> None:
         (["dump", "opt", "text.jsonl", "x", "--context-size", "65"], 2, "--context-size 64"),
         (["dump", "opt", "text.jsonl", "x", "--sae", "blocks.0.hook_resid_pre"], 2, "HOOK=PATH"),
         (["dump", "damaged-opt", "text.jsonl", "x"], 2, "damaged-opt cannot be loaded: SafetensorError"),
-        (["dump", "opt", "text.jsonl", "x", "--hooks", "blocks.*.hook_rsid_post"], 2, "chose none of the model's"),
+        (["dump", "opt", "text.jsonl", "x", "--hooks", "blocks.*.hook_rsid_post"], 2, "matches no hook"),
         (["info", "nowhere"], 1, "is no dump"),
         (["verify", "opt"], 1, "is no dump"),
         (["top", "out", "blocks.0.mlp.hook_pst", "5"], 2, "blocks.0.mlp.hook_post"),

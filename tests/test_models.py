@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import pyfacts
-from pyfacts.models import HookPoint, hook_points, resolve_hooks, unwrap
+from pyfacts import HookPoint
+from pyfacts.models import hook_points, resolve_hooks, unwrap
 
 capture = importlib.import_module("pyfacts.capture").capture
 pytestmark = pytest.mark.filterwarnings("ignore:the captured neurons are")
@@ -230,8 +231,29 @@ def test_names_filter():
 
 
 @pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ("blocks.*.hook_resid_post", [f"blocks.{i}.hook_resid_post" for i in range(2)]),
+        (["lm_head", "blocks.1.*resid_p*"], ["lm_head", "blocks.1.hook_resid_pre", "blocks.1.hook_resid_post"]),
+        (["blocks.1.mlp.hook_post", "*.mlp.hook_post"], [f"blocks.{i}.mlp.hook_post" for i in (1, 0)]),
+        ("*.fc2", [f"model.decoder.layers.{i}.fc2" for i in range(2)]),
+        ("*.fc1:output", [f"model.decoder.layers.{i}.fc1:output" for i in range(2)]),
+    ],
+)
+def test_patterns(names, expected):
+    """`*` in a name: the hooks that are listed, or else modules; beside exact names, and in the order given."""
+    assert [p.name for p in resolve_hooks(tiny.opt(), names)] == expected
+
+
+@pytest.mark.parametrize(
     ("names", "error", "match"),
     [
+        (
+            "blocks.*.hook_rsid_post",
+            ValueError,
+            r"'.*hook_rsid_post' matches no hook.*blocks\.0\.hook_resid_pre",
+        ),
+        (["*.hook_post", "*.fc2:inside"], ValueError, "path:output"),
         ("blocks.0.mlp.hook_pst", ValueError, r"blocks\.0\.mlp\.hook_pst.*Close matches: .*blocks\.0\.mlp\.hook_post"),
         ("blocks.7.mlp.hook_post", ValueError, r"Close matches: .*blocks\.1\.mlp\.hook_post"),
         (["model.decoder.layers.0.fc3"], ValueError, r"Close matches: .*model\.decoder\.layers\.0\.fc2"),

@@ -8,6 +8,7 @@ import torch
 from saes import LATENTS, TinySae
 from torch import nn
 
+from pyfacts import ablate
 from pyfacts.models import hook_points, resolve_hooks
 
 capture = importlib.import_module("pyfacts.capture").capture
@@ -134,9 +135,12 @@ class LensBlock(nn.Module):
             self.mlp = nn.Module()
             self.mlp.experts = nn.ModuleList([LensMlp(), LensMlp()])
         self.hook_resid_pre, self.hook_mlp_in, self.hook_mlp_out = HookPoint(), HookPoint(), HookPoint()
+        self.attn = nn.Module()
+        self.attn.hook_z = HookPoint()
 
     def forward(self, x):
         x = self.hook_resid_pre(x)
+        x = x + self.attn.hook_z(x.unflatten(-1, (2, 8))).flatten(2)  # of each head
         return x + self.hook_mlp_out(self.mlp(self.ln2(x)))
 
 
@@ -156,8 +160,12 @@ class LensModel(nn.Module):
     def hook_dict(self):
         return {path: module for path, module in self.named_modules() if isinstance(module, HookPoint)}
 
-    def forward(self, input):
-        x = self.embed(input)
+    def to_tokens(self, input, padding_side="right"):
+        rows = [torch.tensor([5, *map(int, text.split())]) for text in ([input] if isinstance(input, str) else input)]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side=padding_side)
+
+    def forward(self, input, padding_side="right", past_kv_cache=None, one_zero_attention_mask=None):
+        x = self.embed(input if isinstance(input, torch.Tensor) else self.to_tokens(input, padding_side))
         for block in self.blocks:
             x = block(x)
         return x
@@ -171,9 +179,9 @@ def test_hooked_transformer_stand_in():
     assert points["blocks.1.mlp.hook_post"].side == "output"
     with capture(model, list(points)) as cache, torch.no_grad():
         model(tiny.tokens())
-    block, pre = model.blocks[1], cache["blocks.1.hook_resid_pre"]
-    assert torch.equal(cache["blocks.1.hook_mlp_in"], pre)
-    assert torch.equal(cache["blocks.1.mlp.hook_post"].to_dense(), torch.relu(block.ln2(pre) @ block.mlp.W_in))
+    block, mid = model.blocks[1], 2 * cache["blocks.1.hook_resid_pre"]
+    assert torch.equal(cache["blocks.1.hook_mlp_in"], mid)
+    assert torch.equal(cache["blocks.1.mlp.hook_post"].to_dense(), torch.relu(block.ln2(mid) @ block.mlp.W_in))
 
 
 def test_width_of_another_tensor_under_a_neurons_name():
@@ -190,6 +198,159 @@ def test_lens_experts_are_refused():
     for name in ("blocks.1.mlp.hook_post", "blocks.1.mlp.experts.0.hook_post"):
         with pytest.raises(ValueError, match="mixture of experts"):
             resolve_hooks(model, name)
+
+
+def test_activations_of_heads_are_one_row():
+    """[batch, pos, n_heads, d_head] of HookedTransformer; by a name that hook_points does not list."""
+    model, hook, sae = LensModel(), "blocks.0.attn.hook_z", TinySae(16)
+    with capture(model, hook, saes={hook: sae}) as cache, torch.no_grad():
+        model(tiny.tokens())
+    rows = model.embed(tiny.tokens()).flatten(0, 1)
+    assert torch.equal(cache[hook], rows)
+    torch.testing.assert_close(cache[f"{hook}.{LATENTS}"].to_dense(), sae.expected(rows))
+    with ablate(model, {hook: [9]}), capture(model, hook) as changed, torch.no_grad():
+        model(tiny.tokens())
+    assert torch.equal(cache[hook], rows)
+    assert torch.equal(changed[hook], rows.index_fill(1, torch.tensor([9]), 0.0))
+
+
+def test_what_a_names_filter_would_miss():
+    """A function is asked about the listed hooks; a pattern that matches none of these finds the others."""
+    model = LensModel()
+    with pytest.warns(UserWarning, match=r"accepts 2 more hooks.*blocks\.0\.attn\.hook_z, blocks\.1\.attn\.hook_z"):
+        chosen = resolve_hooks(model, lambda name: name.endswith(("hook_z", "hook_post")))
+    assert [point.name for point in chosen] == [f"blocks.{i}.mlp.hook_post" for i in range(2)]
+    assert [point.name for point in resolve_hooks(model, "*.hook_z")] == [f"blocks.{i}.attn.hook_z" for i in range(2)]
+
+
+# ---- how they are called ---------------------------------------------------------------------------------------------
+
+POST = "blocks.1.mlp.hook_post"
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    """One word a token, in a directory, from where TransformerLens loads it anew."""
+    tokenizers = pytest.importorskip("tokenizers")
+    import transformers
+
+    words = {word: i for i, word in enumerate("<pad> <bos> a b c d e f".split())}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="a"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<pad>"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=model, **special).save_pretrained(tmp_path)
+    return transformers.AutoTokenizer.from_pretrained(tmp_path)
+
+
+def check_text(model, first, second):
+    """The padding of text is not captured, whichever side it is on and however the model is called."""
+    alone = []
+    for text in (first, second):
+        with capture(model, POST) as cache, torch.no_grad():
+            model(text)
+        alone.append(cache[POST].to_dense())
+    n, m = map(len, alone)
+    assert n > m
+    for side, start in (("right", 0), ("left", n - m)):
+        for name in ("__call__", "forward"):
+            with capture(model, POST) as cache, torch.no_grad():
+                getattr(model, name)([first, second], padding_side=side)
+            assert cache.positions.tolist() == [[0, p] for p in range(n)] + [[1, p] for p in range(start, start + m)]
+            torch.testing.assert_close(cache[POST].to_dense(), torch.cat(alone), rtol=1e-4, atol=1e-5)
+    assert "forward" not in model.__dict__
+    with capture(model, POST, token_mask=lambda ids: ids == model.to_tokens(second)[0, -1]) as cache, torch.no_grad():
+        model([first, second])
+    assert cache.positions.tolist() == [[1, m - 1]]
+
+
+def test_text_on_a_transformer_bridge(bridge, tokenizer):
+    before, bridge.tokenizer = bridge.tokenizer, tokenizer
+    try:
+        check_text(bridge, "a b c d", "e f")
+    finally:
+        bridge.tokenizer = before
+
+
+def test_text_on_a_hooked_transformer(hooked_transformer, tokenizer):
+    hooked_transformer.set_tokenizer(tokenizer)
+    check_text(hooked_transformer, "a b c d", "e f")
+
+
+def test_text_on_the_stand_in():
+    check_text(LensModel(), "6 7 8 9", "7 8 3")
+
+
+def test_a_hooked_transformer_that_generates(hooked_transformer):
+    with capture(hooked_transformer, POST) as cache, torch.no_grad():
+        hooked_transformer.generate(
+            tiny.tokens(2, 3), max_new_tokens=3, use_past_kv_cache=True, stop_at_eos=False, verbose=False
+        )
+    assert cache.positions.tolist() == [[s, p] for s in (0, 1) for p in range(3)] + [
+        [s, p] for p in (3, 4) for s in (0, 1)
+    ]
+
+
+def test_masks_and_caches_by_other_names():
+    """HookedEncoder's mask; HookedTransformer's cache, by which a forward continues the one before."""
+    model, mask = LensModel(), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    entry = type("Entry", (), {"past_keys": torch.zeros(2, 3, 2, 8)})()
+    past = type("Cache", (), {"entries": [entry]})()
+    with capture(model, POST) as cache, torch.no_grad():
+        model(tiny.tokens(2, 3), one_zero_attention_mask=mask)
+        model.forward(tiny.tokens(2, 1), past_kv_cache=past)
+    assert cache.positions.tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [0, 3], [1, 3]]
+
+
+def test_a_forward_that_fails_leaves_nothing_behind():
+    model = LensModel()
+    with capture(model, POST) as cache, torch.no_grad():
+        with pytest.raises(TypeError, match="nonsense"):
+            model.forward(tiny.tokens(), nonsense=1)
+        model.forward(tiny.tokens(1, 4))
+    assert cache.positions.tolist() == [[0, p] for p in range(4)]
+
+
+# ---- SAEs ------------------------------------------------------------------------------------------------------------
+
+
+class Attached(nn.Module):
+    """SAELens' wrapper, which stands in a hook's place."""
+
+    def __init__(self):
+        super().__init__()
+        self.hook_sae_input = HookPoint()
+
+    def forward(self, x):
+        return self.hook_sae_input(x) * 0.5
+
+
+def test_a_hook_in_whose_place_an_sae_stands():
+    """SAELens' `add_sae`: the hook is still there, with what the model computed."""
+    model, plain = LensModel(), LensModel()
+    model.blocks[0].mlp.hook_post = Attached()
+    assert list(hook_points(model)) == list(hook_points(plain))
+    caches = []
+    for each in (model, plain):
+        with capture(each, "blocks.0.mlp.hook_post") as cache, torch.no_grad():
+            each(tiny.tokens())
+        caches.append(cache["blocks.0.mlp.hook_post"].to_dense())
+    assert torch.equal(*caches)
+
+
+def test_a_bridge_that_lists_no_second_names(bridge):
+    """SAELens' bridge has only the first ones."""
+
+    class SAETransformerBridge(type(bridge)):
+        @property
+        def hook_dict(self):
+            return {name: hook for name, hook in self._hook_registry.items() if hook.name == name}
+
+    plain, names = type(bridge), list(hook_points(bridge))
+    bridge.__class__ = SAETransformerBridge
+    try:
+        assert POST not in bridge.hook_dict and list(hook_points(bridge)) == names
+    finally:
+        bridge.__class__ = plain
 
 
 def test_saes_on_a_transformer_bridge(bridge):

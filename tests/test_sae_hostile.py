@@ -272,3 +272,10 @@ def test_a_transcoder_of_gemma_scope(tmp_path):
     folder.mkdir(parents=True)
     with pytest.raises(pyfacts.CheckpointError, match="is a transcoder's"):
         pyfacts.load_sae(gemma_scope(folder))
+
+
+def test_an_sae_of_gemmas_embedding(tmp_path):
+    folder = tmp_path / "embedding" / "width_4k" / "average_l0_6"
+    folder.mkdir(parents=True)
+    with pytest.warns(UserWarning, match=r"rows of embed_tokens.weight.*sqrt\(d_model\) times"):
+        pyfacts.load_sae(gemma_scope(folder))

@@ -153,6 +153,29 @@ def test_sae_lens_refuses_architectures(tmp_path, module, name, config, why):
         pyfacts.load_sae(tmp_path)
 
 
+def test_sae_lens_of_a_model_that_was_loaded_centred(tmp_path):
+    """TransformerLens can take the mean from all that writes to the residual stream; then the SAE never saw one."""
+    reference = saved_by_sae_lens(tmp_path, "standard_sae", "StandardSAE")
+    config = json.loads((tmp_path / "cfg.json").read_text())
+    kwargs = {"center_writing_weights": True, "n_devices": 2}
+    config["metadata"] |= {"hook_name": "blocks.3.hook_resid_pre", "model_from_pretrained_kwargs": kwargs}
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match=r"with center_writing_weights=True.*subtract sae.W_enc.mean\(dim=0\)"):
+        sae = pyfacts.load_sae(tmp_path)
+    sae.W_enc -= sae.W_enc.mean(dim=0)
+    with torch.no_grad():
+        latents = reference.encode(X.double() - X.double().mean(dim=1, keepdim=True))
+        check(sae, latents, reference.decode(latents))
+
+    config["metadata"]["hook_name"] = "blocks.3.attn.hook_z"  # which is the same in both
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
+    pyfacts.load_sae(tmp_path)
+    kwargs["fold_value_biases"] = True
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match="with fold_value_biases=True"):
+        pyfacts.load_sae(tmp_path)
+
+
 # ---- Gemma Scope -------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from .. import _library, cuda
 from ..attach import SaesByHook, SparseAutoencoder, resolve_captured
-from ..models import HookPoint, unwrap
+from ..hook_point import HookPoint
+from ..models import unwrap
 
 MAX_DEFAULT_CONTEXT = 2048
 

@@ -129,10 +129,10 @@ def dump(
         raise ValueError(f"codec must be one of {', '.join(layout.CODECS)}, got {codec!r}")
     batch_size, shard_tokens = at_least_one("batch_size", batch_size), at_least_one("shard_tokens", shard_tokens)
     context_size = None if context_size is None else at_least_one("context_size", context_size)
-    check_select(select)
     rank, world_size = worker(rank, world_size)
     module, name = load_model(model)
     points, latents = dumped_points(module, names_filter, saes)
+    check_select(select, points)
     root = files.local_path(out)
     with made_directory(root):
         source = read_tokens(

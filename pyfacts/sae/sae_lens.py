@@ -4,6 +4,8 @@ Training checkpoints of BatchTopK SAEs load as SAELens itself saves them for inf
 threshold that training estimated.
 """
 
+import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -30,6 +32,10 @@ REFUSED = {
     "temporal": "its latents depend on the tokens before",
 }
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float32}
+PROCESSING = ("center_writing_weights", "fold_ln", "fold_value_biases", "refactor_factored_attn_matrices")
+"""What TransformerLens can do to a model's weights that changes activations, though not predictions."""
+CENTRED_OR_NOT = re.compile(r"\.hook_(pre|post|z|normalized)$")
+"""Hooks that hand out the same whether or not what is written to the residual stream is centred."""
 MIN_NORM = 1e-8  # SAELens' own floor for the norms that it folds
 
 
@@ -37,6 +43,7 @@ def load(path: Path, dtype: torch.dtype | None) -> SAE:
     config = Config.read(path.parent / "cfg.json")
     architecture = _architecture(config)
     input_norm = _input_norm(config)
+    _warn_of_processing(config, input_norm)
     tensors = read_safetensors(path)
     d_in, d_sae = tensors.matrix_shape("W_enc")
     config.expect("d_in", d_in, f"W_enc of {path.name} is [{d_in}, {d_sae}]")
@@ -107,6 +114,26 @@ def _input_norm(config: Config) -> str | None:
             "with sae.fold_activation_whitening(...) and save the SAE again",
         )
     raise config.error("normalize_activations", f"must be 'none' or one of {', '.join(INPUT_NORMS)}, got {kind!r}")
+
+
+def _warn_of_processing(config: Config, input_norm: str | None) -> None:
+    """Warn if the SAE was trained on activations that the model as published does not have."""
+    field = "model_from_pretrained_kwargs"
+    kwargs = config.section("metadata").get(field) or config.get(field)
+    processing = [name for name in PROCESSING if isinstance(kwargs, dict) and kwargs.get(name) is True]
+    if CENTRED_OR_NOT.search(_hook_name(config) or ""):
+        processing = [name for name in processing if name != "center_writing_weights"]
+    if not processing:
+        return
+    remedy = ""
+    if processing == ["center_writing_weights"] and input_norm is None:
+        remedy = "; or subtract sae.W_enc.mean(dim=0) from sae.W_enc, after which both models have the same latents"
+    names = ", ".join(f"{name}=True" for name in processing)
+    warnings.warn(
+        f"{config.path}: the SAE was trained on a model that TransformerLens had loaded with {names}. On the model as "
+        f"published its latents are others: load it so (from_pretrained_no_processing(name, {names})){remedy}",
+        stacklevel=4,
+    )
 
 
 def _dtype(config: Config, tensors: Tensors) -> torch.dtype:
