@@ -26,10 +26,13 @@ class Line:
     def marked(self) -> tuple[str, str]:
         """The cells, with a mark at those that are short of their aim: one for both, or one for each."""
         aims = self.aim.split(" and ")
-        bfloat16, float32 = (
-            f"{cell} ✗" if misses(cell, aim) else cell for cell, aim in zip(self.cells, aims * 2, strict=False)
-        )
+        bfloat16, float32 = (marked(cell, aim) for cell, aim in zip(self.cells, aims * 2, strict=False))
         return bfloat16, float32
+
+
+def marked(cell: str, aim: str) -> str:
+    """The cell, with a mark if it is short of its aim."""
+    return f"{cell} ✗" if misses(cell, aim) else cell
 
 
 def misses(cell: str, aim: str) -> bool:
@@ -248,7 +251,11 @@ def in_memory(rows: Rows) -> list[str]:
     found = sorted(rows.find(op="bytes per value"), key=lambda row: row["density"])
     aims = {0.01: 3.45, 0.03: 3.15, 0.1: 3.05, 0.3: 2.45, 0.5: 2.3}
     lines = head(["density", *(f"{row['density']:.0%}" for row in found)])
-    lines += [cells_of([form, *(f"{row['forms'][form]:.2f}" for row in found)]) for form in found[0]["forms"]]
+    for form in found[0]["forms"]:
+        cells = [f"{row['forms'][form]:.2f}" for row in found]
+        if form == "pyfacts":
+            cells = [marked(cell, f"≤ {aims[row['density']]}") for cell, row in zip(cells, found, strict=True)]
+        lines.append(cells_of([form, *cells]))
     return [*lines, cells_of(["aim, at most", *(f"{aims[row['density']]:.2f}" for row in found)])]
 
 
@@ -264,8 +271,11 @@ def on_disk(rows: Rows) -> list[str]:
     ]
     for codec in dict.fromkeys(row["codec"] for row in neurons):
         cells = [f"{rows.one(op='bytes per value on disk', codec=codec, density=d)['bytes']:.2f}" for d in densities]
+        if codec == "split":
+            cells = [marked(cell, f"≤ {aims[d]}") for cell, d in zip(cells, densities, strict=True)]
         for dtype in DTYPES:
             found = [row["bytes"] for row in latents if (row["codec"], row["dtype"]) == (codec, dtype)]
-            cells.append(f"{min(found):.2f} to {max(found):.2f}")
+            cells.append(marked(f"{min(found):.2f} to {max(found):.2f}", "≤ 5" if codec == "zstd" else ""))
         lines.append(cells_of([f"`{codec}`", *cells]))
-    return [*lines, cells_of(["aim, at most", *(f"{aims[d]:.2f}" for d in densities), "5 (`zstd`)", "5 (`zstd`)"])]
+    of_split = [f"{aims[d]:.2f} (`split`)" for d in densities]
+    return [*lines, cells_of(["aim, at most", *of_split, "5 (`zstd`)", "5 (`zstd`)"])]
