@@ -1,6 +1,5 @@
 """The `EncodedActivations` record and the functions that make one."""
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import _library, cuda, ops
-from .errors import OutOfRangeError
+from .integers import in_range, token_range
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -154,20 +153,13 @@ class EncodedActivations:
         Raises:
             OutOfRangeError: (a ValueError and an IndexError) j is not in [-n_features, n_features).
         """
-        return ops.neuron(self.planes, self.n_features, _in_range(j, self.n_features, "feature"))
+        return ops.neuron(self.planes, self.n_features, in_range("feature", j, self.n_features))
 
     feature = neuron
 
     def __getitem__(self, tokens: int | slice) -> "EncodedActivations":
         """Returns the encoding of a range of tokens, a copy; a single token gives one row."""
-        if isinstance(tokens, slice):
-            start, stop, step = tokens.indices(len(self))
-            if step != 1:
-                raise ValueError(f"an encoding is sliced by consecutive tokens, got step {step}; use to_dense() or cat")
-            stop = max(start, stop)
-        else:
-            start = _in_range(tokens, len(self), "token")
-            stop = start + 1
+        start, stop = token_range(tokens, len(self))
         sq_norm = None if self.sq_norm is None else self.sq_norm[start:stop].clone()
         counts, index, values, tile_ptr = ops.slice_tokens(self.planes, self.n_features, start, stop)
         return replace(self, counts=counts, index=index, values=values, tile_ptr=tile_ptr, sq_norm=sq_norm)
@@ -303,13 +295,6 @@ def _check_min_abs(min_abs: float) -> float:
     if not min_abs >= 0:  # NaN too
         raise ValueError(f"min_abs must be at least 0, got {min_abs}")
     return min_abs
-
-
-def _in_range(i: int, n: int, what: str) -> int:
-    i = operator.index(i)
-    if not -n <= i < n:
-        raise OutOfRangeError(f"{what} {i} is out of range: there are {n}")
-    return i % n
 
 
 def human_bytes(n_bytes: float) -> str:

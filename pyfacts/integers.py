@@ -1,18 +1,46 @@
-"""Arguments that must be integers; without torch, for readers of dumps."""
+"""Arguments that must be integers, and indices; without torch, for readers of dumps."""
 
 import operator
+from typing import Any
+
+from .errors import OutOfRangeError
 
 
-def as_int(name: str, value: object) -> int:
+def as_int(name: str, value: Any) -> int:
     """An argument as an int; TypeError says its name if it is none, and a bool is none."""
-    if not isinstance(value, bool) and hasattr(value, "__index__"):
+    try:
+        if isinstance(value, bool):
+            raise TypeError
         return operator.index(value)
-    raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {value!r:.80} of type {type(value).__name__}") from None
 
 
-def at_least_one(name: str, value: object) -> int:
+def at_least_one(name: str, value: Any) -> int:
     """The same; ValueError says its name if it is below 1."""
     number = as_int(name, value)
     if number < 1:
         raise ValueError(f"{name} must be at least 1, got {number}")
     return number
+
+
+def in_range(name: str, value: Any, n: int) -> int:
+    """An index into n things, from the end if it is negative; OutOfRangeError says its name if it is beyond them."""
+    index = as_int(name, value)
+    if not -n <= index < n:
+        raise OutOfRangeError(f"{name} {index} is out of range: there are {n}")
+    return index % n
+
+
+def token_range(tokens: Any, n_tokens: int) -> tuple[int, int]:
+    """The first token, and that behind the last, which an index or a slice names."""
+    if not isinstance(tokens, slice):
+        try:
+            token = in_range("token", tokens, n_tokens)
+        except TypeError as error:
+            raise TypeError(f"{error}; a slice of consecutive tokens will do, a feature is neuron(j)") from None
+        return token, token + 1
+    start, stop, step = tokens.indices(n_tokens)
+    if step != 1:
+        raise ValueError(f"activations are sliced by consecutive tokens, got step {step}; use to_dense() or cat")
+    return start, max(start, stop)

@@ -75,6 +75,8 @@ class TestReading:
                 dumped.token_ids[bad]
         with pytest.raises(ValueError, match="step"):
             dumped[HOOKS[0]][::2]
+        with pytest.raises(TypeError, match="token must be an int"):
+            dumped[HOOKS[0]][[1, 2]]
         with pytest.raises(KeyError, match=r"layers\.1\.down"):
             dumped["layers.2.down"]
         for bad in (WIDTH, -WIDTH - 1):

@@ -207,6 +207,11 @@ def test_rows_by_number_and_iteration() -> None:
         enc[5]
     with pytest.raises(ValueError, match="step 2"):
         enc[::2]
+    for other in ((slice(None), 3), [1, 2], torch.tensor([1, 2]), 1.0, None, True):
+        with pytest.raises(TypeError, match=r"token must be an int, got .*a slice of consecutive tokens will do"):
+            enc[other]
+    with pytest.raises(TypeError, match=r"feature must be an int, got 1\.0"):
+        enc.neuron(1.0)
 
 
 @pytest.mark.parametrize("lengths", [(128, 128), (1, 300, 0, 127), (0, 0), (5,), (129, 255, 3)])

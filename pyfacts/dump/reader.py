@@ -6,7 +6,6 @@ numbers; reading a range that is not committed is an error that names it.
 
 import difflib
 import heapq
-import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from .. import _storage
-from ..errors import OutOfRangeError, UnknownHookError
-from ..integers import at_least_one
+from ..errors import UnknownHookError
+from ..integers import at_least_one, in_range, token_range
 from . import shuffle
 from .arrays import BITS, FRAMEWORKS, numpy_framework
 from .cache import Cache
@@ -479,10 +478,7 @@ class DumpedHook:
 
     def _feature(self, j: int) -> int:
         self._neurons_only()
-        j = operator.index(j)
-        if not -self.width <= j < self.width:
-            raise OutOfRangeError(f"feature {j} is out of range: {self.name} has {self.width}")
-        return j % self.width
+        return in_range("feature", j, self.width)
 
     def _neurons_only(self) -> None:
         if self.kind != "neurons":
@@ -504,19 +500,6 @@ class _TokenColumn:
         if isinstance(tokens, slice):
             return self._dump.framework.array(array)
         return int(array[0]) if array.ndim == 1 else self._dump.framework.array(array[0])
-
-
-def token_range(tokens: int | slice, n_tokens: int) -> tuple[int, int]:
-    """The range that an index or a slice names."""
-    if isinstance(tokens, slice):
-        start, stop, step = tokens.indices(n_tokens)
-        if step != 1:
-            raise ValueError(f"a dump is read by consecutive tokens, got step {step}")
-        return start, max(start, stop)
-    token = operator.index(tokens)
-    if not -n_tokens <= token < n_tokens:
-        raise OutOfRangeError(f"token {token} is out of range: there are {n_tokens}")
-    return token % n_tokens, token % n_tokens + 1
 
 
 def _empty_encoding(spec: HookSpec) -> "_storage.Encoding":
