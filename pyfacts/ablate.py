@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .hook_point import HookPoint
-from .models import hook_points, resolve_names, unwrap
+from .models import Names, unwrap
 from .stream import add_hook, eager, never_fired
 
 
@@ -31,8 +31,9 @@ def ablate(model: nn.Module, indices: Mapping[str, Iterable[int] | Tensor], valu
         value: what they are set to.
 
     Raises:
-        ValueError: an unknown hook, an index out of range, or a hook that reads the residual stream on its way into a
-            sublayer, where setting it would not change the stream (`hook_resid_mid`).
+        ValueError: an unknown hook, an index out of range, a hook that reads the residual stream on its way into a
+            sublayer, where setting it would not change the stream (`hook_resid_mid`), or one in whose place SAELens put
+            an SAE.
         TypeError: indices are not integers, or value is not a number.
         HookNeverFired: (a ValueError and a RuntimeError) at the end, a hook that no forward reached.
 
@@ -54,9 +55,10 @@ def ablate(model: nn.Module, indices: Mapping[str, Iterable[int] | Tensor], valu
     if not indices:
         raise ValueError("indices is empty: name at least one hook and its features")
     root = unwrap(model)
-    points = resolve_names(model, indices)
+    names = Names(model)
+    points = [names.one(name) for name in indices]
     for point in points:
-        _check_settable(model, point)
+        _check_settable(names, point)
     silent = {point.name for point in points}
     with contextlib.ExitStack() as exit_stack:
         exit_stack.enter_context(eager())
@@ -98,9 +100,7 @@ def _setter(point: HookPoint, features: Tensor, value: float, silent: set[str]) 
         if not isinstance(x, Tensor) or x.is_nested:
             what = "a nested tensor" if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"{point.name}: {point.module_path} is handed {what}, not a tensor with a row per token")
-        shape = x.shape
-        if point.per_head and x.dim() == 4:
-            x = x.flatten(2)
+        shape, x = x.shape, point.flat(x)
         if point.width is not None and x.shape[-1] != point.width:
             raise ValueError(f"{point.name}: activations of width {x.shape[-1]}, but the hook's width is {point.width}")
         if point.width is None:
@@ -110,8 +110,13 @@ def _setter(point: HookPoint, features: Tensor, value: float, silent: set[str]) 
     return set_features
 
 
-def _check_settable(model: nn.Module, point: HookPoint) -> None:
-    """Refuse to set the stream where the change would reach too few of its readers, or too many."""
+def _check_settable(names: Names, point: HookPoint) -> None:
+    """Refuse to set what the model does not go on with, and the stream where too few would read it, or too many."""
+    if hasattr(names.model.get_submodule(point.module_path), "hook_sae_input"):
+        raise ValueError(
+            f"an SAE stands at {point.name}, and the model goes on with what that makes of the activations: ablate its "
+            f"latents ({point.module_path}.hook_sae_acts_post), or take it off first"
+        )
     if point.kind != "rows" or point.side != "input":
         return
     block, _, short = point.name.rpartition(".")
@@ -120,7 +125,7 @@ def _check_settable(model: nn.Module, point: HookPoint) -> None:
             f"{point.name} is read where it enters {point.module_path}; set there, the change would not reach the rest "
             "of the stream. Set hook_resid_pre, hook_attn_out or hook_mlp_in instead"
         )
-    block_input = hook_points(model).get(f"{block}.hook_resid_pre") if short == "hook_mlp_in" else None
+    block_input = names.points.get(f"{block}.hook_resid_pre") if short == "hook_mlp_in" else None
     if block_input is not None and block_input.module_path == point.module_path:
         raise ValueError(
             f"{point.name} is the input of the whole block {point.module_path}, attention included. Set hook_resid_pre "

@@ -6,7 +6,6 @@ The latents of an SAE at `blocks.3.hook_resid_pre` are called `blocks.3.hook_res
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -16,7 +15,8 @@ from torch import Tensor, nn
 
 from .encoding import EncodedActivations
 from .hook_point import HookPoint
-from .models import NamesFilter, resolve_hooks, resolve_names, same_activations
+from .models import Names, NamesFilter, resolve_hooks
+from .warn import warn
 
 LATENTS = "hook_sae_acts_post"
 
@@ -108,36 +108,36 @@ def attach(model: nn.Module, saes: SaesByHook) -> dict[HookPoint, SparseAutoenco
     """The hooks of the SAEs' latents, each with its SAE, in the order of `saes`; raises as `resolve_captured` does."""
     if not isinstance(saes, Mapping):
         raise TypeError(f"saes must be a dict from hook names to SAEs, got {type(saes).__name__}")
-    attached = {}
+    attached, names = {}, Names(model)
     for name, sae in saes.items():
         if isinstance(sae, type) or not isinstance(sae, SparseAutoencoder):
             raise TypeError(
                 f"the SAE at {name!r} must have d_in, d_sae, dtype, device, encode, tensors, config and to, got "
                 f"{sae!r:.80}. Save another library's SAE with that, and load it with pyfacts.load_sae(path)"
             )
-        (point,) = resolve_names(model, [name])
+        point = names.one(name)
         if point.width is not None and point.width != sae.d_in:
             raise ValueError(
                 f"the SAE at {name} reads d_in = {sae.d_in}, but that hook's width is {point.width}: it was trained on "
                 "another hook or another model"
             )
-        _warn_if_elsewhere(model, point, sae)
+        _warn_if_elsewhere(names, point, sae)
         latents = replace(point, name=f"{name}.{LATENTS}", width=sae.d_sae, kind="neurons", activation=None)
         attached[latents] = sae
     return attached
 
 
-def _warn_if_elsewhere(model: nn.Module, point: HookPoint, sae: SparseAutoencoder) -> None:
+def _warn_if_elsewhere(names: Names, point: HookPoint, sae: SparseAutoencoder) -> None:
     """Warn if the SAE's own hook is another one of this model: in the residual stream all widths are the same."""
     own = getattr(sae, "hook_name", None)
     if not isinstance(own, str):
         return
     try:
-        (trained_on,) = resolve_names(model, [own])
+        trained_on = names.one(own)
     except ValueError:  # named as in another library
         return
-    if not same_activations(model, trained_on, point):
-        warnings.warn(f"the SAE at {point.name} was trained on {own}, as its checkpoint says", stacklevel=6)
+    if not names.same(trained_on, point):
+        warn(f"the SAE at {point.name} was trained on {own}, as its checkpoint says")
 
 
 def encode_latents(point: HookPoint, sae: SparseAutoencoder, x: Tensor) -> EncodedActivations:

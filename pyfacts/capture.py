@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 
@@ -19,6 +18,7 @@ from .models import NamesFilter
 from .select import Select
 from .stream import ActivationStream, never_fired
 from .tokens import Activations, TokenMask, join
+from .warn import warn
 
 DENSE_ABOVE = 0.55
 """Density from which a capture counts as dense. Not 0.5: a ReLU model with random weights is at 0.5 by symmetry."""
@@ -215,10 +215,9 @@ def warn_if_dense(parts: Iterable[Activations]) -> bool:
     density = sum(part.nnz for part in encoded) / elements if elements else 0.0
     if density <= DENSE_ABOVE:
         return False
-    warnings.warn(
+    warn(
         f"the captured neurons are {density:.0%} dense, so packing saves next to nothing (GELU and SiLU have no exact "
         "zeros). Keep less with select=pyfacts.topk(k) or select=pyfacts.min_abs(theta), or capture the latents of an "
-        "SAE",
-        stacklevel=2,
+        "SAE"
     )
     return True

@@ -159,7 +159,7 @@ class EncodedActivations:
 
     def __getitem__(self, tokens: int | slice) -> "EncodedActivations":
         """Returns the encoding of a range of tokens, a copy; a single token gives one row."""
-        start, stop = token_range(tokens, len(self))
+        start, stop = token_range(tokens, len(self), "; use neuron(j) for a feature, to_dense() or cat for more")
         sq_norm = None if self.sq_norm is None else self.sq_norm[start:stop].clone()
         counts, index, values, tile_ptr = ops.slice_tokens(self.planes, self.n_features, start, stop)
         return replace(self, counts=counts, index=index, values=values, tile_ptr=tile_ptr, sq_norm=sq_norm)

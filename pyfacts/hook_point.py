@@ -1,9 +1,11 @@
-"""What a survey of a model finds: its hook points by name."""
+"""The record of one place in a model."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
+
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -31,18 +33,6 @@ class HookPoint:
     stream: str = ""
     per_head: bool = False
 
-
-@dataclass
-class Survey:
-    points: dict[str, HookPoint] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)  # a name one would ask for, and why it is not given
-    ambiguous: str | None = None  # why there are no names, though there are MLPs
-
-
-def refusal(name: str, experts: str) -> str:
-    """Why a mixture of experts is not captured."""
-    return (
-        f"{name} is a mixture of experts ({experts} holds many MLPs' weights): each token visits only some of them, so "
-        "there is no one row of neurons for a token, and pyfacts does not capture experts. Dense and shared MLPs "
-        "beside them, and the residual stream, can be captured (pyfacts.hook_points lists them)."
-    )
+    def flat(self, x: Tensor) -> Tensor:
+        """The activations with a row a token, where they may be those of heads."""
+        return x.flatten(2) if self.per_head and x.dim() == 4 else x

@@ -32,15 +32,15 @@ def in_range(name: str, value: Any, n: int) -> int:
     return index % n
 
 
-def token_range(tokens: Any, n_tokens: int) -> tuple[int, int]:
-    """The first token, and that behind the last, which an index or a slice names."""
+def token_range(tokens: Any, n_tokens: int, hint: str) -> tuple[int, int]:
+    """The first token, and that behind the last, which an index or a slice names; `hint` says what to do for others."""
     if not isinstance(tokens, slice):
         try:
             token = in_range("token", tokens, n_tokens)
         except TypeError as error:
-            raise TypeError(f"{error}; a slice of consecutive tokens will do, a feature is neuron(j)") from None
+            raise TypeError(f"{error}; a slice of consecutive tokens will do{hint}") from None
         return token, token + 1
     start, stop, step = tokens.indices(n_tokens)
     if step != 1:
-        raise ValueError(f"activations are sliced by consecutive tokens, got step {step}; use to_dense() or cat")
+        raise ValueError(f"tokens are sliced one after another, got step {step}{hint}")
     return start, max(start, stop)

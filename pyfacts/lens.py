@@ -8,11 +8,15 @@ from typing import Literal
 from torch import nn
 
 from .blocks import ORDER, in_width, survey_block
-from .hook_point import HookPoint, Survey, refusal
+from .hook_point import HookPoint
+from .survey import Survey, refusal
 
 NEURONS = re.compile(r"^(?P<block>(?:\w+\.)*?(?:(?:encoder_|decoder_)?blocks|encoder|decoder)\.\d+)\.mlp\.hook_post$")
 
 HEADS = re.compile(r"\.hook_([qkvz]|result)$")
+
+PATTERNS = (".hook_pattern", ".hook_attn_scores")
+"""Hooks of [batch, head, query, key]."""
 
 EXPERTS = re.compile(r"^\w*blocks\.\d+\.mlp\.experts$")
 
@@ -81,6 +85,11 @@ def survey(model: nn.Module, hooks: dict[str, nn.Module]) -> Survey:
 def side_of(hook: nn.Module | None) -> Literal["input", "output"]:
     """A hook hands on what it is given; an SAE in its place is given what the model computed."""
     return "input" if hasattr(hook, "hook_sae_input") else "output"
+
+
+def per_head(name: str) -> bool:
+    """Whether HookedTransformer hands out [batch, pos, n_heads, d_head] there."""
+    return HEADS.search(name) is not None
 
 
 def _width(model: nn.Module, hook_path: str, cfg: object, neurons: bool) -> int | None:

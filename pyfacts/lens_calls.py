@@ -1,15 +1,10 @@
-"""How TransformerLens' models are called, in Hugging Face's words.
+"""How TransformerLens' models are called, in Hugging Face's words: they take text where others take ids, and have names
+of their own for masks and caches."""
 
-They take strings where others take ids, have names of their own for masks and caches, and call their `forward`
-themselves (`run_with_hooks`, `generate`), where no hook of torch's tells that a forward begins.
-"""
-
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 NAMES = {
     "decoder_input": "decoder_input_ids",
@@ -19,12 +14,15 @@ NAMES = {
 }
 
 
-def arguments(model: nn.Module, bound: dict[str, Any]) -> dict[str, Any]:
+def arguments(model: Any, bound: dict[str, Any]) -> dict[str, Any]:
     """A forward's arguments by the names that Hugging Face has for them; text as the model itself tokenises it."""
+    cfg = getattr(model, "cfg", None)
+    if getattr(cfg, "is_audio_model", False) or getattr(cfg, "is_visual_model", False):
+        return {}  # the tokens are made of what is given, and a mask is of that
+    given = bound.get("input")
     named = {NAMES[name]: value for name, value in bound.items() if name in NAMES and value is not None} | {
         name: value for name, value in bound.items() if name not in NAMES and value is not None
     }
-    given = named.get("input")
     if isinstance(given, Tensor) and given.is_floating_point():
         named["inputs_embeds"] = given
     elif isinstance(given, Tensor):
@@ -35,47 +33,20 @@ def arguments(model: nn.Module, bound: dict[str, Any]) -> dict[str, Any]:
     return named
 
 
-def _tokenised(model: Any, given: str | list[str], options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def _tokenised(model: Any, text: str | list[str], options: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """The ids [batch, pos] that a model makes of text, and which of them are not padding."""
-    ids = model.to_tokens(given, **options)
+    ids = model.to_tokens(text, **options)
     if isinstance(ids, tuple):  # an encoder's come with their mask
         return ids[0], ids[-1]
-    mask = torch.zeros_like(ids)
-    for text, row, kept in zip([given] if isinstance(given, str) else given, ids, mask, strict=True):
-        alone = model.to_tokens(text, **options)[0]
-        n = len(alone)
-        kept[slice(n) if torch.equal(row[:n], alone) else slice(len(row) - n, None)] = 1
-    return ids, mask
-
-
-def around_forward(
-    module: nn.Module, begin: Callable[..., None], end: Callable[[nn.Module, Any, Any], None]
-) -> Callable[[], None]:
-    """Call `begin(module, args, kwargs)` and `end(module, args, output)` around each forward, however it is called.
-
-    `end` is called with None, and the exception at hand, if the forward raises an Exception.
-
-    Returns:
-        A function that puts the module's own `forward` back.
-    """
-    forward, own = module.forward, module.__dict__.get("forward")
-
-    @functools.wraps(forward)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        begin(module, args, kwargs)
-        try:
-            output = forward(*args, **kwargs)
-        except Exception:
-            end(module, args, None)
-            raise
-        end(module, args, output)
-        return output
-
-    def restore() -> None:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
-
-    module.forward = call
-    return restore
+    tokenizer = model.tokenizer
+    if len(ids) == 1 or tokenizer.pad_token_id is None:
+        return ids, torch.ones_like(ids)
+    side, prepend_bos = options.get("padding_side"), options.get("prepend_bos")
+    side = side if side in ("left", "right") else tokenizer.padding_side
+    prepend_bos = prepend_bos if isinstance(prepend_bos, bool) else getattr(model.cfg, "default_prepend_bos", True)
+    padding = (ids == tokenizer.pad_token_id).long()
+    padding = padding.cumprod(1) if side == "left" else padding.flip(1).cumprod(1).flip(1)
+    if prepend_bos and tokenizer.bos_token_id == tokenizer.pad_token_id:  # GPT-2's: one of them begins the text
+        first = padding.sum(1) - 1 if side == "left" else torch.zeros_like(padding[:, 0])
+        padding.scatter_(1, first.clamp(min=0)[:, None], 0)
+    return ids, 1 - padding

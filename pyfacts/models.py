@@ -1,27 +1,31 @@
 """Where a model's neurons are: hook names, after TransformerLens, for Hugging Face, TransformerLens and plain models.
 
-`hook_points` walks a model once, finds its stack of blocks (the outermost list of modules that hold an MLP each) and
-names what `pyfacts.blocks` finds in each block. TransformerLens models carry the names already, as modules.
+`pyfacts.stacks` and `pyfacts.lens` find what a model has; here it is asked for by name, by pattern or by function.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import torch
 from torch import nn
 
-from . import lens
-from .blocks import ORDER, BlockSurvey, holds_experts, in_width, is_attention, out_width, survey_block
-from .hook_point import HookPoint, Survey, refusal
+from . import lens, stacks
+from .blocks import holds_experts, in_width, is_attention, out_width
+from .hook_point import HookPoint
+from .survey import refusal
+from .warn import warn
 
 NamesFilter = str | Iterable[str] | Callable[[str], bool] | None
+
+CROSS_ATTENDED = re.compile(
+    r"(EncDecAttention|encoder_attn|cross_?att\w*)(\.\w+)*\.((hook_)?[kv]|k_proj|v_proj|key|value)(\.hook_(in|out))?$"
+)
+"""What a decoder computes of the encoder's states: T5's, BART's, BERT's, TransformerLens'."""
 
 
 def hook_points(model: nn.Module) -> dict[str, HookPoint]:
@@ -56,10 +60,10 @@ def hook_points(model: nn.Module) -> dict[str, HookPoint]:
         >>> hook_points(OPTForCausalLM(config))["blocks.1.mlp.hook_post"].module_path
         'model.decoder.layers.1.fc2'
     """
-    survey = _survey(unwrap(model))
-    if not survey.points:
-        raise ValueError(survey.ambiguous or _no_mlps(model))
-    return survey.points
+    names = Names(model)
+    if not names.points:
+        raise ValueError(names.nothing())
+    return names.points
 
 
 def resolve_hooks(model: nn.Module, names_filter: NamesFilter = None) -> list[HookPoint]:
@@ -68,8 +72,10 @@ def resolve_hooks(model: nn.Module, names_filter: NamesFilter = None) -> list[Ho
     Args:
         model: the model.
         names_filter: None for every MLP's neurons; a name or a list of names, each from `hook_points` or a module path
-            (`"fc2"` for its input, `"fc2:output"` for its output), in which `*` stands for anything; or a callable that
-            is asked about every name from `hook_points`.
+            (`"fc2"` for its input, `"fc2:output"` for its output). With a `*`, which stands for anything, it names all
+            that it matches of `hook_points`; only if that is nothing, of a TransformerLens model's other hooks and of
+            module paths. Or a callable that is asked about every name from `hook_points` (and, for a warning, about
+            TransformerLens' other hooks).
 
     Returns:
         The hooks, each once, in the order of the list given or else of the forward pass.
@@ -78,45 +84,21 @@ def resolve_hooks(model: nn.Module, names_filter: NamesFilter = None) -> list[Ho
         ValueError: an unknown name (the message lists close matches), a mixture of experts' neurons, or no hook at all.
         TypeError: `names_filter` is something else.
     """
+    found = Names(model)
     if names_filter is None:
-        return _all_neurons(model)
+        return found.neurons()
     if callable(names_filter):
-        return _accepted(model, names_filter)
+        return found.accepted_by(names_filter)
     names = [names_filter] if isinstance(names_filter, str) else names_filter
     if not isinstance(names, Iterable):
         raise TypeError(f"names_filter must be None, a str, a list of str or a callable, got {type(names).__name__}")
-    chosen = resolve_names(model, names, patterns=True)
-    if not chosen:
-        raise ValueError("names_filter is empty: name at least one hook, or pass None for every MLP's neurons")
-    return chosen
-
-
-def resolve_names(model: nn.Module, names: Iterable[str], patterns: bool = False) -> list[HookPoint]:
-    """The hooks of these names, each once; raises as `resolve_hooks` does."""
-    model = unwrap(model)
-    survey = _survey(model)
     chosen: dict[str, HookPoint] = {}
     for name in names:
-        if not isinstance(name, str):
-            raise TypeError(f"names_filter must hold hook names as str, got {name!r} of type {type(name).__name__}")
-        for match in _matches(model, survey, name) if patterns and "*" in name else [name]:
-            chosen[match] = _resolve(model, survey, match)
+        for match in found.matching(name) if isinstance(name, str) and "*" in name else [name]:
+            chosen[match] = found.one(match)
+    if not chosen:
+        raise ValueError("names_filter is empty: name at least one hook, or pass None for every MLP's neurons")
     return list(chosen.values())
-
-
-def same_activations(model: nn.Module, a: HookPoint, b: HookPoint) -> bool:
-    """Whether two hooks are one place in the model; the stream behind a block is the stream in front of the next."""
-    points = _survey(unwrap(model)).points
-
-    def place(point: HookPoint) -> tuple[str, str]:
-        for name, end in points.items():
-            block, _, short = name.rpartition(".")
-            if short == "hook_resid_post" and (end.module_path, end.side) == (point.module_path, point.side):
-                stack, _, index = block.rpartition(".")
-                point = points.get(f"{stack}.{int(index) + 1}.hook_resid_pre", point)
-        return point.module_path, point.side
-
-    return place(a) == place(b)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -132,248 +114,170 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def _survey(model: nn.Module) -> Survey:
-    lens_hooks = lens.named_hooks(model)
-    return lens.survey(model, lens_hooks) if lens_hooks else _survey_blocks(model)
+class Names:
+    """The hooks of one model, by name. What is asked for and not there is a ValueError that says what is."""
 
+    def __init__(self, model: nn.Module) -> None:
+        self.model = unwrap(model)
+        self._lens_hooks = lens.named_hooks(self.model)
+        found = lens.survey(self.model, self._lens_hooks) if self._lens_hooks else stacks.survey(self.model)
+        self.points = found.points
+        self._refused, self._ambiguous = found.refused, found.ambiguous
 
-# --- Hugging Face and models built like them -------------------------------------------------------------------------
+    # ---- several -----------------------------------------------------------------------------------------------------
 
-OTHER_TOWERS = re.compile(r"vision|visual|image|audio|speech|\bmtp\b")
-"""Stacks whose path has one of these are not the language model's, and are left out where there is another stack."""
+    def neurons(self) -> list[HookPoint]:
+        """Every MLP's neurons."""
+        neurons = [point for point in self.points.values() if point.kind == "neurons"]
+        if not neurons:
+            raise ValueError(self.nothing())
+        return neurons
 
-
-@dataclass
-class _Stack:
-    path: str
-    blocks: dict[int, tuple[str, BlockSurvey]]  # index -> (path, what is in it)
-
-    @property
-    def example(self) -> str:
-        path, found = next(iter(self.blocks.values()))
-        return f"{path}.{found.mlps[0].down}" if found.mlps else path
-
-
-def _survey_blocks(model: nn.Module) -> Survey:
-    stacks = list(_stacks(model))
-    stacks = [stack for stack in stacks if not OTHER_TOWERS.search(stack.path)] or stacks
-    result = Survey()
-    prefixes = _prefixes(stacks)
-    if prefixes is None:
-        result.ambiguous = (
-            f"the model has {len(stacks)} stacks of blocks ({', '.join(s.path or 'the model itself' for s in stacks)}) "
-            'and pyfacts cannot tell which is meant: name module paths, such as names_filter="'
-            f'{stacks[0].example}"'
-        )
-        return result
-    for prefix, stack in prefixes:
-        activation = _activation(model, stack.path)
-        for index, (path, found) in stack.blocks.items():
-            _name_block(model, f"{prefix}.{index}", path, found, activation, result)
-    return result
-
-
-def _stacks(model: nn.Module) -> Iterator[_Stack]:
-    """The outermost lists of blocks: module lists whose members hold an MLP (or experts) each, and not several."""
-    inside: list[str] = []
-    for path, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList | nn.Sequential) or any(path.startswith(outer) for outer in inside):
-            continue
-        blocks = {}
-        for name, child in module.named_children():
-            block_path = f"{path}.{name}" if path else name
-            while isinstance(getattr(child, "_orig_mod", None), nn.Module):  # a block that is compiled by itself
-                child, block_path = child._orig_mod, f"{block_path}._orig_mod"  # type: ignore[assignment]
-            found = survey_block(child)
-            if (found.mlps or found.experts) and name.isdigit():
-                blocks[int(name)] = (block_path, found)
-        if blocks and all(len(_plain_mlps(found)) <= 1 for _, found in blocks.values()):
-            inside.append(f"{path}." if path else "")
-            yield _Stack(path, blocks)
-
-
-def _plain_mlps(found: BlockSurvey) -> list[str]:
-    """The holders of dense MLPs that do not lie in one module with experts (those are the shared ones)."""
-    mixtures = {path.rpartition(".")[0] for path in found.experts}
-    return [mlp.holder for mlp in found.mlps if not any(m and mlp.holder.startswith(f"{m}.") for m in mixtures)]
-
-
-def _prefixes(stacks: list[_Stack]) -> list[tuple[str, _Stack]] | None:
-    """What the hooks of each stack begin with; None if that cannot be told."""
-    if len(stacks) <= 1:
-        return [("blocks", stack) for stack in stacks]
-    sides = {next((side for side in ("decoder", "encoder") if side in stack.path), ""): stack for stack in stacks}
-    if len(stacks) != 2 or sides.keys() != {"encoder", "decoder"}:
-        return None
-    return [(f"{side}_blocks", sides[side]) for side in ("encoder", "decoder")]
-
-
-def _name_block(
-    model: nn.Module, prefix: str, path: str, found: BlockSurvey, activation: str | None, result: Survey
-) -> None:
-    stream = prefix.partition("_blocks")[0] if "_blocks" in prefix else ""
-    d_model = _d_model(model, path, found)
-    plain = _plain_mlps(found)
-    neurons = {}
-    for mlp in found.mlps:
-        inner_path = mlp.holder.partition(".")[2]
-        short = "mlp.hook_post" if mlp.holder in plain else f"mlp.{inner_path}.hook_post"
-        neurons[short] = HookPoint(
-            f"{prefix}.{short}", f"{path}.{mlp.down}", "input", mlp.width, "neurons", activation, stream
-        )
-    for short in ORDER:
-        if short == "mlp.hook_post":
-            result.points.update((point.name, point) for point in neurons.values())
-        elif short in found.rows:
-            module, _, side = found.rows[short].partition(":")
-            full_path = f"{path}.{module}" if module else path
-            name = f"{prefix}.{short}"
-            result.points[name] = HookPoint(
-                name, full_path, "output" if side else "input", d_model, "rows", None, stream
+    def accepted_by(self, accepts: Callable[[str], bool]) -> list[HookPoint]:
+        """The listed hooks whose names a function accepts; a warning tells what else of TransformerLens' it accepts."""
+        if not self.points:
+            raise ValueError(self.nothing())
+        chosen = [point for name, point in self.points.items() if accepts(name)]
+        captured = {id(self.model.get_submodule(point.module_path)) for point in chosen}
+        others = []
+        for name, hook in self._lens_hooks.items():
+            if name in self.points or id(hook) in captured or self._has_no_rows(name):
+                continue
+            with contextlib.suppress(Exception):  # it may know no other names than those listed
+                if accepts(name):
+                    others.append(name)
+        hint = f"It accepts {some(others)} too, which are not listed: give the names that you want in a list"
+        if not chosen:
+            raise ValueError(
+                f"names_filter chose none of the model's {len(self.points)} hooks: {some(self.points)}"
+                + (f". {hint}" if others else "")
             )
-    if found.experts and "mlp.hook_post" not in neurons:
-        beside = f" The shared MLP beside them is {', '.join(p.name for p in neurons.values())}." if neurons else ""
-        name = f"{prefix}.mlp.hook_post"
-        result.refused[name] = refusal(name, f"{path}.{found.experts[0]}") + beside
+        if others:
+            warn(f"names_filter chose {len(chosen)} of the hooks that pyfacts.hook_points lists. {hint}")
+        return chosen
 
+    def matching(self, pattern: str) -> list[str]:
+        """The names that a pattern matches: of those listed, or else of TransformerLens' other hooks and of modules."""
+        fits = re.compile(".*".join(map(re.escape, pattern.split("*")))).fullmatch
+        listed, refused = ([name for name in names if fits(name)] for names in (self.points, self._refused))
+        if listed and refused:
+            warn(self._refused[refused[0]])
+        if listed or refused:
+            return listed or refused
+        _, colon, side = pattern.partition(":")
+        modules = dict(self.model.named_modules(remove_duplicate=False)) | self._lens_hooks
+        modules = {name: module for name, module in modules.items() if name and not self._has_no_rows(name)}
+        shortest: dict[int, str] = {}
+        for name in sorted((name for name in modules if fits(f"{name}{colon}{side}")), key=len):
+            shortest.setdefault(id(modules[name]), name)
+        if not shortest:
+            known = some(self.points or modules) or "none"
+            raise ValueError(f"{pattern!r} matches no hook and no module's path; there are: {known}")
+        return [f"{name}{colon}{side}" for name in modules if name == shortest.get(id(modules[name]))]
 
-def _d_model(model: nn.Module, path: str, found: BlockSurvey) -> int | None:
-    if found.mlps:
-        return out_width(model.get_submodule(f"{path}.{found.mlps[0].down}"))
-    config = _config(model, path)
-    size = getattr(config, "hidden_size", None) or getattr(config, "d_model", None)
-    return size if isinstance(size, int) else None
+    def same(self, a: HookPoint, b: HookPoint) -> bool:
+        """Whether two hooks are one place; the stream behind a block is the stream in front of the next."""
 
+        def place(point: HookPoint) -> tuple[str, str]:
+            for name, end in self.points.items():
+                block, _, short = name.rpartition(".")
+                if short == "hook_resid_post" and (end.module_path, end.side) == (point.module_path, point.side):
+                    stack, _, index = block.rpartition(".")
+                    point = self.points.get(f"{stack}.{int(index) + 1}.hook_resid_pre", point)
+            return point.module_path, point.side
 
-def _config(model: nn.Module, path: str) -> object:
-    """The config nearest to a module: a multimodal model's language model has one of its own."""
-    parts = path.split(".")
-    for depth in range(len(parts), -1, -1):
-        config = getattr(model.get_submodule(".".join(parts[:depth])), "config", None)
-        if config is not None:
-            return config
-    return None
+        return place(a) == place(b)
 
+    # ---- one ---------------------------------------------------------------------------------------------------------
 
-def _activation(model: nn.Module, path: str) -> str | None:
-    config = _config(model, path)
-    for key in ("activation_function", "hidden_activation", "hidden_act", "dense_act_fn", "activation"):
-        value = getattr(config, key, None)
-        if value is not None:
-            return value if isinstance(value, str) else getattr(value, "__name__", type(value).__name__)
-    return None
+    def one(self, name: str) -> HookPoint:
+        """A hook that is listed, another one of TransformerLens', or a module's input or output."""
+        if not isinstance(name, str):
+            raise TypeError(f"hooks are named by str, got {name!r} of type {type(name).__name__}")
+        if name in self.points:
+            return self.points[name]
+        if name in self._refused:
+            raise ValueError(self._refused[name])
+        return self._of_lens(name) or self._of_a_module(name)
 
-
-_CROSS_ATTENDED = re.compile(r"(EncDecAttention|encoder_attn|cross_?att\w*)(\.\w+)*\.(k|v|k_proj|v_proj|key|value)$")
-"""What a decoder computes of the encoder's states: T5's, BART's, BERT's."""
-
-
-# --- many names ------------------------------------------------------------------------------------------------------
-
-
-def _all_neurons(model: nn.Module) -> list[HookPoint]:
-    survey = _survey(unwrap(model))
-    neurons = [point for point in survey.points.values() if point.kind == "neurons"]
-    if not neurons:
-        raise ValueError(survey.ambiguous or next(iter(survey.refused.values()), None) or _no_mlps(model))
-    return neurons
-
-
-def _accepted(model: nn.Module, accepts: Callable[[str], bool]) -> list[HookPoint]:
-    points = hook_points(model)
-    chosen = [point for name, point in points.items() if accepts(name)]
-    if not chosen:
-        raise ValueError(f"names_filter chose none of the model's {len(points)} hooks: {_some(points)}")
-    model = unwrap(model)
-    captured = {id(model.get_submodule(point.module_path)) for point in chosen}
-    missed = [
-        name
-        for name, hook in lens.named_hooks(model).items()
-        if name not in points and id(hook) not in captured and accepts(name)
-    ]
-    if missed:
-        warnings.warn(
-            f"names_filter accepts {len(missed)} more hooks of TransformerLens', which pyfacts.hook_points does not "
-            f"list, and which are not captured: {_some(missed)}. A list of names can have them",
-            stacklevel=4,
+    def _of_lens(self, name: str) -> HookPoint | None:
+        hook = self._lens_hooks.get(name)
+        path = None if hook is None else next((path for path, m in self.model.named_modules() if m is hook), None)
+        if hook is None or path is None:
+            return None
+        self._refuse_experts(path, name)
+        kind: Literal["neurons", "rows"] = "neurons" if name.endswith(("acts_post", "mlp.hook_pre")) else "rows"
+        return HookPoint(
+            name, path, lens.side_of(hook), None, kind, stream=self._stream(path, name), per_head=lens.per_head(name)
         )
-    return chosen
+
+    def _of_a_module(self, name: str) -> HookPoint:
+        path, _, side = name.partition(":")
+        try:
+            module = self.model.get_submodule(path)
+        except AttributeError:
+            raise ValueError(self._unknown(name)) from None
+        if not path or side not in ("", "input", "output"):
+            raise ValueError(
+                f'{name!r} is no hook: a module path is "path" or "path:input" for its input, "path:output"'
+            )
+        self._refuse_experts(path, name)
+        width = out_width(module) if side == "output" else in_width(module)
+        stream, per_head = self._stream(path, name), bool(self._lens_hooks) and lens.per_head(path)
+        return HookPoint(
+            name, path, "output" if side == "output" else "input", width, "neurons", None, stream, per_head
+        )
+
+    def _stream(self, path: str, name: str) -> str:
+        """Whose tokens a module is handed that is not listed."""
+        streams = {point.stream for point in self.points.values()} - {""}
+        stream = next((s for s in sorted(streams) if any(s in part for part in path.split("."))), "")
+        head = getattr(self.model, "get_output_embeddings", None)
+        if "decoder" in streams and not stream and callable(head) and self.model.get_submodule(path) is head():
+            stream = "decoder"
+        if stream == "decoder" and CROSS_ATTENDED.search(path):
+            return "encoder"
+        # Patches of an image, say, or what stands beside encoder and decoder: rows that may be nobody's tokens.
+        if self.points and (stacks.OTHER_TOWERS.search(path) or (streams and not stream)):
+            return name
+        return stream
+
+    def _refuse_experts(self, path: str, name: str) -> None:
+        parts = path.split(".")
+        for depth in range(1, len(parts) + 1):
+            outer = ".".join(parts[:depth])
+            if parts[depth - 1] == "experts" or (
+                not is_attention(outer) and holds_experts(self.model.get_submodule(outer))
+            ):
+                raise ValueError(refusal(name, outer))
+
+    def _has_no_rows(self, name: str) -> bool:
+        """Whether this is a pattern of attention in TransformerLens, which has no row a token."""
+        return bool(self._lens_hooks) and name.endswith(lens.PATTERNS)
+
+    # ---- what to say -------------------------------------------------------------------------------------------------
+
+    def nothing(self) -> str:
+        """Why there are no neurons."""
+        if self._ambiguous or self._refused:
+            return self._ambiguous or next(iter(self._refused.values()))
+        linear = [path for path, module in self.model.named_modules() if path and isinstance(module, torch.nn.Linear)]
+        example = linear[-1] if linear else "path.to.module"
+        return (
+            f"pyfacts recognises no MLP blocks in this {type(self.model).__name__}. Any module can be captured by its "
+            f'path: names_filter="{example}" takes its input, "{example}:output" its output.'
+        )
+
+    def _unknown(self, name: str) -> str:
+        known = [*self.points, *(path for path, _ in self.model.named_modules() if path)]
+        close = difflib.get_close_matches(name, known, n=5, cutoff=0.6)
+        hint = f"Close matches: {', '.join(close)}." if close else f"Known are {some(self.points or known)}."
+        if "*" in name:
+            hint = "Patterns are for names_filter; here each hook is named by itself."
+        return f"unknown hook {name!r}: neither a name from pyfacts.hook_points(model) nor the path of a module. {hint}"
 
 
-def _matches(model: nn.Module, survey: Survey, pattern: str) -> list[str]:
-    """The names that a pattern matches: of those listed, or else a TransformerLens model's other hooks, or modules."""
-    path, colon, side = pattern.partition(":")
-    paths = [f"{p}{colon}{side}" for p, _ in model.named_modules() if p and fnmatchcase(p, path)]
-    for names in (survey.points, survey.refused, lens.named_hooks(model), paths):
-        if found := [name for name in names if fnmatchcase(name, pattern)]:
-            return found
-    known = survey.points or [p for p, _ in model.named_modules() if p]
-    raise ValueError(f"{pattern!r} matches no hook of the model: neither {_some(known)} nor a module's path")
-
-
-# --- one name --------------------------------------------------------------------------------------------------------
-
-
-def _resolve(model: nn.Module, survey: Survey, name: str) -> HookPoint:
-    if name in survey.points:
-        return survey.points[name]
-    if name in survey.refused:
-        raise ValueError(survey.refused[name])
-    lens_hook = lens.named_hooks(model).get(name)
-    path, _, side = name.partition(":")
-    if lens_hook is not None:
-        paths = {id(module): module_path for module_path, module in model.named_modules()}
-        if id(lens_hook) in paths:
-            _refuse_experts(model, paths[id(lens_hook)], name)
-            kind: Literal["neurons", "rows"] = "neurons" if name.endswith(("acts_post", "mlp.hook_pre")) else "rows"
-            per_head = lens.HEADS.search(name) is not None
-            return HookPoint(name, paths[id(lens_hook)], lens.side_of(lens_hook), None, kind, per_head=per_head)
-    try:
-        module = model.get_submodule(path)
-    except AttributeError:
-        raise ValueError(_unknown(model, survey, name)) from None
-    if not path or side not in ("", "input", "output"):
-        raise ValueError(f'{name!r} is no hook: a module path is "path" or "path:input" for its input, "path:output"')
-    _refuse_experts(model, path, name)
-    streams = {point.stream for point in survey.points.values()} - {""}
-    stream = next((s for s in sorted(streams) if any(s in part for part in path.split("."))), "")
-    head = getattr(model, "get_output_embeddings", None)
-    if "decoder" in streams and not stream and callable(head) and module is head():
-        stream = "decoder"
-    if stream == "decoder" and _CROSS_ATTENDED.search(path):
-        stream = "encoder"
-    # Patches of an image, say, or what stands beside encoder and decoder: rows that may be nobody's tokens.
-    if survey.points and (OTHER_TOWERS.search(path) or (streams and not stream)):
-        stream = name
-    if side == "output":
-        return HookPoint(name, path, "output", out_width(module), "neurons", None, stream)
-    return HookPoint(name, path, "input", in_width(module), "neurons", None, stream)
-
-
-def _refuse_experts(model: nn.Module, path: str, name: str) -> None:
-    parts = path.split(".")
-    for depth in range(1, len(parts) + 1):
-        outer = ".".join(parts[:depth])
-        if parts[depth - 1] == "experts" or (not is_attention(outer) and holds_experts(model.get_submodule(outer))):
-            raise ValueError(refusal(name, outer))
-
-
-def _unknown(model: nn.Module, survey: Survey, name: str) -> str:
-    known = [*survey.points, *(path for path, _ in model.named_modules() if path)]
-    close = difflib.get_close_matches(name, known, n=5, cutoff=0.6)
-    hint = f"Close matches: {', '.join(close)}." if close else f"Known are {_some(survey.points or known)}."
-    return f"unknown hook {name!r}: neither a name from pyfacts.hook_points(model) nor the path of a module. {hint}"
-
-
-def _some(names: Iterable[str]) -> str:
+def some(names: Iterable[str]) -> str:
+    """The first five, and how many more there are."""
     listed = list(names)
     return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")
-
-
-def _no_mlps(model: nn.Module) -> str:
-    linear = [p for p, m in unwrap(model).named_modules() if p and isinstance(m, torch.nn.Linear)]
-    example = linear[-1] if linear else "path.to.module"
-    return (
-        f"pyfacts recognises no MLP blocks in this {type(unwrap(model)).__name__}. Any module can be captured by its "
-        f'path: names_filter="{example}" takes its input, "{example}:output" its output.'
-    )

@@ -9,25 +9,25 @@ no_grad, and returns None, so the model computes what it would without.
 from __future__ import annotations
 
 import contextlib
-import inspect
+import functools
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import _library, cuda, lens_calls
+from . import _library, cuda
 from .attach import SparseAutoencoder, encode_latents
 from .drain import Activations, Draining
 from .encoding import DTYPES
 from .errors import HookNeverFired
+from .forwards import Watcher, watch
 from .hook_point import HookPoint
-from .lens import is_lens
-from .models import unwrap
+from .models import some, unwrap
 from .select import Select
 from .tokens import End, Forward, Taken, TokenMask, Tokens, past_length
+from .warn import warn
 
 OnForward = Callable[[dict[str, Activations], dict[str, Tensor]], None]
 
@@ -60,7 +60,8 @@ class ActivationStream:
         stop_early: bool = False,
         saes: Mapping[HookPoint, SparseAutoencoder] | None = None,
     ) -> None:
-        check_select(select, points)
+        check_select(select)
+        check_selects(select, points)
         if token_mask is not None and not isinstance(token_mask, Tensor | Mapping) and not callable(token_mask):
             raise TypeError(f"token_mask must be a tensor, a dict of tensors or a callable, got {token_mask!r}")
         streams = {point.stream for point in (*points, *(saes or ()))}
@@ -79,6 +80,7 @@ class ActivationStream:
         self.stop_early = stop_early
         self._forward: Forward | None = None
         self._ends: dict[str, End] = {}
+        self._open = False
         self._exit = contextlib.ExitStack()
 
     # ---- entering and leaving ----------------------------------------------------------------------------------------
@@ -93,19 +95,16 @@ class ActivationStream:
         with contextlib.ExitStack() as exit_stack:
             exit_stack.enter_context(eager())
             for path, streams in self._owners(root).items():
-                module = root.get_submodule(path)
-                begin, end = self._begin_hook(path, streams, module), self._end_hook(module)
-                if is_lens(module):
-                    exit_stack.callback(lens_calls.around_forward(module, begin, end))
-                    continue
-                exit_stack.callback(module.register_forward_pre_hook(begin, prepend=True, with_kwargs=True).remove)
-                exit_stack.callback(module.register_forward_hook(end, always_call=True).remove)
+                watcher = Watcher(functools.partial(self._begin, path, streams), self._end, self._fail)
+                exit_stack.callback(watch(root.get_submodule(path), watcher))
             for point in self.points:
                 exit_stack.callback(add_hook(root.get_submodule(point.module_path), point.side, self._taker(point)))
             self._exit = exit_stack.pop_all()
+        self._open = True
         return self
 
     def __exit__(self, exc_type: object, exc: object, traceback: object) -> None:
+        self._open = False
         self._exit.close()
         forward, self._forward = self._forward, None
         if forward is not None and exc_type is None and forward.owner is None:
@@ -160,40 +159,38 @@ class ActivationStream:
                 owners.setdefault(path, set()).add(point.stream)
         return owners
 
-    def _begin_hook(self, path: str, streams: set[str], module: nn.Module) -> Callable[..., None]:
-        names, of_lens = _forward_signature(module), is_lens(module)
-
-        def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if _recomputing():
-                return
-            bound = _bind(names, args, kwargs)
-            bound = lens_calls.arguments(module, bound) if of_lens else bound
-            forward = self._forward
-            # A module that begins inside its own forward was left by an exception that no hook sees.
-            if forward is None or forward.owner is None or forward.owner is module:
-                if forward is not None and forward.owner is None:
-                    self._deliver(forward)
-                forward = self._forward = Forward(owner=module)
-            for stream in streams & {"", "encoder", "decoder"}:
-                prefix = "decoder_" if stream == "decoder" and "decoder" not in path else ""
-                tokens = forward.tokens.setdefault(stream, Tokens())
-                tokens.learn(bound, prefix, args, outermost=forward.owner is module)
-                if stream != "encoder":
-                    tokens.past = tokens.past or past_length(bound.get("past_key_values"))
-
-        return begin
-
-    def _end_hook(self, module: nn.Module) -> Callable[..., None]:
-        def end(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            forward = self._forward
-            if forward is None or forward.owner is not module or _recomputing():
-                return
-            self._forward = None
-            failed = output is None and sys.exc_info()[0] is not None
-            if not failed:  # a forward that raised leaves nothing behind
+    def _begin(
+        self, path: str, streams: set[str], module: nn.Module, args: tuple[Any, ...], bound: dict[str, Any]
+    ) -> None:
+        if self._looks_away():
+            return
+        forward = self._forward
+        # A module that begins inside its own forward was left by an exception that no hook sees.
+        if forward is None or forward.owner is None or forward.owner is module:
+            if forward is not None and forward.owner is None:
                 self._deliver(forward)
+            forward = self._forward = Forward(owner=module)
+        for stream in streams & {"", "encoder", "decoder"}:
+            prefix = "decoder_" if stream == "decoder" and "decoder" not in path else ""
+            tokens = forward.tokens.setdefault(stream, Tokens())
+            tokens.learn(bound, prefix, args, outermost=forward.owner is module)
+            if stream != "encoder":
+                tokens.past = tokens.past or past_length(bound.get("past_key_values"))
 
-        return end
+    def _end(self, module: nn.Module) -> None:
+        forward = self._forward
+        if forward is not None and forward.owner is module and not self._looks_away():
+            self._forward = None
+            self._deliver(forward)
+
+    def _fail(self, module: nn.Module) -> None:
+        """A forward that raised leaves nothing behind."""
+        if self._forward is not None and self._forward.owner is module and not self._looks_away():
+            self._forward = None
+
+    def _looks_away(self) -> bool:
+        """Whether this is no forward to capture: a backward pass recomputes one, or a copy of the model kept hooks."""
+        return not self._open or _recomputing()
 
     def _deliver(self, forward: Forward) -> None:
         if not forward.taken:
@@ -211,7 +208,7 @@ class ActivationStream:
 
     def _taker(self, point: HookPoint) -> Callable[[Any], None]:
         def take(value: Any) -> None:
-            if _recomputing():
+            if self._looks_away():
                 return
             with torch.inference_mode(False), torch.no_grad():
                 self._take(point, value)
@@ -253,14 +250,16 @@ class ActivationStream:
         return self.saes[point]
 
 
-def check_select(select: Any, points: Sequence[HookPoint]) -> None:
-    """Raises TypeError unless this is what `select=` takes, ValueError if none of the hooks has neurons to select."""
-    if select is None:
-        return
-    if isinstance(select, type) or not isinstance(select, Select):
+def check_select(select: Any) -> None:
+    """Raises TypeError unless this is what `select=` takes."""
+    if select is not None and (isinstance(select, type) or not isinstance(select, Select)):
         raise TypeError(f"select must be pyfacts.topk(k), pyfacts.min_abs(theta) or alike, got {select!r}")
-    if all(point.kind != "neurons" for point in points):
-        hooks = ", ".join(point.name for point in points) or "latents of SAEs, which are sparse already"
+
+
+def check_selects(select: Select | None, points: Sequence[HookPoint]) -> None:
+    """Raises ValueError if there is a select and none of the hooks has neurons to select."""
+    if select is not None and all(point.kind != "neurons" for point in points):
+        hooks = some(point.name for point in points) or "latents of SAEs, which are sparse already"
         raise ValueError(f"select keeps less of neurons, and none are captured, but {hooks}: leave select out")
 
 
@@ -272,10 +271,7 @@ def within_reach(x: Tensor) -> Tensor:
     if has_kernels(x.device):
         return x
     build = f" (on NVIDIA GPUs it packs, if it is built for them: {_library.BUILD_CUDA})" if x.is_cuda else ""
-    warnings.warn(
-        f"pyfacts has no kernels for {x.device}: activations travel dense to the CPU and are packed there{build}",
-        stacklevel=2,
-    )
+    warn(f"pyfacts has no kernels for {x.device}: activations travel dense to the CPU and are packed there{build}")
     return x.cpu()
 
 
@@ -358,8 +354,7 @@ def _check(point: HookPoint, value: Any, sae: SparseAutoencoder | None) -> Tenso
             f"{point.name}: {side} is a nested tensor, without padding, whose rows pyfacts cannot place: make the "
             "nn.TransformerEncoder with enable_nested_tensor=False"
         )
-    if point.per_head and value.dim() == 4:
-        value = value.flatten(2)
+    value = point.flat(value)
     if value.dim() == 0:
         raise ValueError(f"{point.name}: {side} is a single number, not a row per token")
     if width is not None and value.shape[-1] != width:
@@ -373,18 +368,3 @@ def _check(point: HookPoint, value: Any, sae: SparseAutoencoder | None) -> Tenso
 def _recomputing() -> bool:
     """Whether a backward pass is running: gradient checkpointing recomputes a forward that was captured before."""
     return torch._C._current_graph_task_id() != -1
-
-
-def _forward_signature(module: nn.Module) -> inspect.Signature | None:
-    try:
-        return inspect.signature(module.forward)
-    except (TypeError, ValueError):
-        return None
-
-
-def _bind(signature: inspect.Signature | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments by name; those that do not fit are the model's to complain about."""
-    try:
-        return dict(signature.bind_partial(*args).arguments) | kwargs if signature is not None else kwargs
-    except TypeError:
-        return kwargs

@@ -140,10 +140,11 @@ def test_verify_tells_sound_from_damaged(run: Run, work: Path) -> None:
 
 
 def test_hooks_by_a_pattern(run: Run, work: Path) -> None:
-    done = run("dump", "opt", "text.jsonl", "rows", "--context-size", "32", "--hooks", "blocks.*.hook_resid_p[or]*")
+    hooks = ("--hooks", "blocks.*.hook_resid_p*", "--hooks", "blocks.0.hook_mlp_in")
+    done = run("dump", "opt", "text.jsonl", "rows", "--context-size", "32", *hooks)
     assert done.returncode == 0, done.stderr
     names = [f"blocks.{i}.hook_resid_{place}" for i in range(2) for place in ("pre", "post")]
-    assert pyfacts.open_dump(work / "rows").hook_names == names
+    assert pyfacts.open_dump(work / "rows").hook_names == [*names, "blocks.0.hook_mlp_in"]
 
 
 def test_top_says_what_is_missing(run: Run, work: Path) -> None:

@@ -245,6 +245,20 @@ def test_patterns(names, expected):
     assert [p.name for p in resolve_hooks(tiny.opt(), names)] == expected
 
 
+def test_a_pattern_beside_experts():
+    """What it names of experts is not captured, and it says so."""
+    with pytest.warns(UserWarning, match=r"blocks\.1\.mlp\.hook_post is a mixture of experts"):
+        points = resolve_hooks(tiny.deepseek(), "blocks.*.mlp.hook_post")
+    assert [point.name for point in points] == ["blocks.0.mlp.hook_post"]
+
+
+def test_a_pattern_of_a_module_with_two_names():
+    model = nn.Module()
+    model.long_name = model.b = nn.Linear(3, 3)
+    assert [point.name for point in resolve_hooks(model, "*")] == ["b"]
+    assert [point.name for point in resolve_hooks(model, "long*")] == ["long_name"]
+
+
 @pytest.mark.parametrize(
     ("names", "error", "match"),
     [

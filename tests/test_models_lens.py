@@ -1,6 +1,8 @@
 """TransformerLens models: the names exist there already, and pyfacts must give what run_with_cache gives."""
 
+import copy
 import importlib
+from types import SimpleNamespace
 
 import pytest
 import tiny_models as tiny
@@ -8,6 +10,7 @@ import torch
 from saes import LATENTS, TinySae
 from torch import nn
 
+import pyfacts
 from pyfacts import ablate
 from pyfacts.models import hook_points, resolve_hooks
 
@@ -150,7 +153,8 @@ class LensModel(nn.Module):
     def __init__(self, experts=False):
         super().__init__()
         torch.manual_seed(0)
-        self.cfg = type("Config", (), {"d_model": 16, "d_mlp": 40, "act_fn": "relu", "use_hook_mlp_in": False})()
+        self.cfg = SimpleNamespace(d_model=16, d_mlp=40, act_fn="relu", use_hook_mlp_in=False)
+        self.tokenizer = SimpleNamespace(pad_token_id=0, bos_token_id=5, padding_side="right")
         self.embed = nn.Embedding(tiny.VOCAB, 16)
         self.blocks = nn.ModuleList([LensBlock(False), LensBlock(experts)])
         for path, module in self.named_modules():
@@ -217,9 +221,15 @@ def test_activations_of_heads_are_one_row():
 def test_what_a_names_filter_would_miss():
     """A function is asked about the listed hooks; a pattern that matches none of these finds the others."""
     model = LensModel()
-    with pytest.warns(UserWarning, match=r"accepts 2 more hooks.*blocks\.0\.attn\.hook_z, blocks\.1\.attn\.hook_z"):
+    with pytest.warns(
+        UserWarning, match=r"chose 2 of the hooks.*accepts blocks\.0\.attn\.hook_z, blocks\.1\.attn\.hook_z too"
+    ):
         chosen = resolve_hooks(model, lambda name: name.endswith(("hook_z", "hook_post")))
     assert [point.name for point in chosen] == [f"blocks.{i}.mlp.hook_post" for i in range(2)]
+    with pytest.raises(ValueError, match=r"chose none of the model's 8 hooks.*accepts blocks\.0\.attn\.hook_z"):
+        resolve_hooks(model, lambda name: name.endswith("hook_z"))
+    points = hook_points(model)
+    assert len(resolve_hooks(model, lambda name: points[name].kind == "rows")) == 6  # it knows no other names
     assert [point.name for point in resolve_hooks(model, "*.hook_z")] == [f"blocks.{i}.attn.hook_z" for i in range(2)]
 
 
@@ -280,6 +290,17 @@ def test_text_on_the_stand_in():
     check_text(LensModel(), "6 7 8 9", "7 8 3")
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_text_that_is_nothing_but_its_beginning(side):
+    """GPT-2 begins texts with the token that pads others."""
+    model = LensModel()
+    model.to_tokens = lambda text, padding_side: torch.tensor([[0, 6, 7], [0, 0, 0]])
+    model.tokenizer = SimpleNamespace(pad_token_id=0, bos_token_id=0, padding_side="right")
+    with capture(model, POST) as cache, torch.no_grad():
+        model(["6 7", ""], padding_side=side)
+    assert cache.positions.tolist() == [[0, 0], [0, 1], [0, 2], [1, 0 if side == "right" else 2]]
+
+
 def test_a_hooked_transformer_that_generates(hooked_transformer):
     with capture(hooked_transformer, POST) as cache, torch.no_grad():
         hooked_transformer.generate(
@@ -310,6 +331,79 @@ def test_a_forward_that_fails_leaves_nothing_behind():
     assert cache.positions.tolist() == [[0, p] for p in range(4)]
 
 
+def test_captures_that_close_in_another_order():
+    model, ids = LensModel(), tiny.tokens()
+    mask = torch.ones_like(ids)
+    mask[:, -3:] = 0
+    first, second = capture(model, POST), capture(model, POST)
+    first.__enter__()
+    cache = second.__enter__()
+    with torch.no_grad():
+        model(ids, one_zero_attention_mask=mask)
+        first.__exit__(None, None, None)
+        model(ids, one_zero_attention_mask=mask)
+    assert "forward" in model.__dict__
+    second.__exit__(None, None, None)
+    assert "forward" not in model.__dict__ and len(cache[POST]) == 2 * int(mask.sum())
+
+
+def test_a_forward_that_others_put_in_its_place_stays():
+    model, calls = LensModel(), []
+
+    def another(ids):
+        calls.append(ids)
+        return type(model).forward(model, ids)
+
+    model.forward = another
+    with capture(model, POST) as cache, torch.no_grad():
+        model(tiny.tokens())
+    assert model.forward is another and len(calls) == 1 and len(cache[POST]) == 14
+    with capture(model, POST), torch.no_grad():
+        model(tiny.tokens())
+        model.forward = LensModel().forward
+    assert "forward" in model.__dict__
+
+
+@pytest.mark.parametrize("make", [LensModel, tiny.opt])
+def test_a_copy_made_within_a_capture_is_a_model_of_its_own(make):
+    model = make()
+    hook = resolve_hooks(model)[1].name
+    with capture(model, hook), torch.no_grad():
+        model(tiny.tokens())
+        twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+        outputs = [m(tiny.tokens()) for m in (model, twin)]
+        assert not torch.equal(*(output if isinstance(output, torch.Tensor) else output.logits for output in outputs))
+        with capture(twin, hook, select=pyfacts.topk(1)) as cache:
+            twin(tiny.tokens())
+    assert len(cache[hook]) == 14
+
+
+def test_a_bridges_inner_model():
+    """Hugging Face's own `generate` of a bridge calls that, and not the bridge."""
+    builder = pytest.importorskip("transformer_lens.model_bridge.sources._bridge_builder")
+    plain = tiny.gpt2()
+    bridge = builder.build_bridge_from_module(tiny.gpt2(), "GPT2LMHeadModel", hf_config=plain.config).eval()
+    ids, caches = torch.tensor([[0, 0, 2, 3], [2, 3, 4, 5]]), []
+    for model, generate in ((plain, plain.generate), (bridge, bridge.original_model.generate)):
+        with capture(model, POST, select=pyfacts.topk(3)) as cache, torch.no_grad():
+            generate(ids, attention_mask=(ids != 0).long(), max_new_tokens=3, min_new_tokens=3, do_sample=False)
+        caches.append(cache)
+    assert caches[0].positions.tolist() == caches[1].positions.tolist() and len(caches[0].positions) == 10
+    torch.testing.assert_close(*(cache[POST].to_dense() for cache in caches), rtol=1e-4, atol=1e-5)
+
+
+def test_whose_tokens_an_unlisted_hook_has():
+    """In an encoder-decoder too: the decoder's hooks have its own tokens, but cross-attention's keys the encoder's."""
+    builder = pytest.importorskip("transformer_lens.model_bridge.sources._bridge_builder")
+    model = tiny.t5()
+    bridge = builder.build_bridge_from_module(model, "T5ForConditionalGeneration", hf_config=model.config).eval()
+    names = ["decoder_blocks.0.self_attn.hook_in", "decoder_blocks.0.cross_attn.k.hook_in", "encoder_blocks.0.hook_in"]
+    assert [point.stream for point in resolve_hooks(bridge, names)] == ["decoder", "encoder", "encoder"]
+
+
 # ---- SAEs ------------------------------------------------------------------------------------------------------------
 
 
@@ -335,6 +429,11 @@ def test_a_hook_in_whose_place_an_sae_stands():
             each(tiny.tokens())
         caches.append(cache["blocks.0.mlp.hook_post"].to_dense())
     assert torch.equal(*caches)
+    with (
+        pytest.raises(ValueError, match="an SAE stands at blocks.0.mlp.hook_post"),
+        ablate(model, {POST.replace("1", "0"): [3]}),
+    ):
+        pass
 
 
 def test_a_bridge_that_lists_no_second_names(bridge):

@@ -160,7 +160,7 @@ def test_sae_lens_of_a_model_that_was_loaded_centred(tmp_path):
     kwargs = {"center_writing_weights": True, "n_devices": 2}
     config["metadata"] |= {"hook_name": "blocks.3.hook_resid_pre", "model_from_pretrained_kwargs": kwargs}
     (tmp_path / "cfg.json").write_text(json.dumps(config))
-    with pytest.warns(UserWarning, match=r"with center_writing_weights=True.*subtract sae.W_enc.mean\(dim=0\)"):
+    with pytest.warns(UserWarning, match=r"with center_writing_weights=True\..*subtract sae.W_enc.mean\(dim=0\)"):
         sae = pyfacts.load_sae(tmp_path)
     sae.W_enc -= sae.W_enc.mean(dim=0)
     with torch.no_grad():
@@ -170,9 +170,9 @@ def test_sae_lens_of_a_model_that_was_loaded_centred(tmp_path):
     config["metadata"]["hook_name"] = "blocks.3.attn.hook_z"  # which is the same in both
     (tmp_path / "cfg.json").write_text(json.dumps(config))
     pyfacts.load_sae(tmp_path)
-    kwargs["fold_value_biases"] = True
+    kwargs |= {"fold_value_biases": True, "fold_ln": True}
     (tmp_path / "cfg.json").write_text(json.dumps(config))
-    with pytest.warns(UserWarning, match="with fold_value_biases=True"):
+    with pytest.warns(UserWarning, match=r"with fold_value_biases=True\."):
         pyfacts.load_sae(tmp_path)
 
 

@@ -2,7 +2,6 @@
 
 import inspect
 import os
-import warnings
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from .. import _library, cuda
 from ..attach import SaesByHook, SparseAutoencoder, resolve_captured
 from ..hook_point import HookPoint
 from ..models import unwrap
+from ..warn import warn
 
 MAX_DEFAULT_CONTEXT = 2048
 
@@ -55,10 +55,9 @@ def default_device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if not cuda.available():
-        warnings.warn(
+        warn(
             f"the model runs on the CPU though there is a GPU, for which this pyfacts has no kernels: run "
-            f"{_library.BUILD_CUDA}",
-            stacklevel=4,
+            f"{_library.BUILD_CUDA}"
         )
         return torch.device("cpu")
     number = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)

@@ -359,7 +359,7 @@ class DumpedHook:
             DumpError: the range is not committed, or its bytes are damaged.
             OutOfRangeError: (a ValueError and an IndexError) the index is out of range.
         """
-        start, stop = token_range(tokens, len(self))
+        start, stop = token_range(tokens, len(self), "; use neuron(j) for a feature")
         framework = self._dump.framework
         parts: list[Any] = []
         norms: list[np.ndarray] = []
@@ -478,7 +478,7 @@ class DumpedHook:
 
     def _feature(self, j: int) -> int:
         self._neurons_only()
-        return in_range("feature", j, self.width)
+        return in_range(f"feature of {self.name}", j, self.width)
 
     def _neurons_only(self) -> None:
         if self.kind != "neurons":
@@ -495,7 +495,7 @@ class _TokenColumn:
         return self._dump.n_tokens
 
     def __getitem__(self, tokens: int | slice) -> Any:
-        start, stop = token_range(tokens, len(self))
+        start, stop = token_range(tokens, len(self), "")
         array = self._pick(self._dump._read_tokens(start, stop))
         if isinstance(tokens, slice):
             return self._dump.framework.array(array)

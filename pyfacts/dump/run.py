@@ -17,7 +17,7 @@ from ..attach import SaesByHook
 from ..capture import DENSE_ABOVE
 from ..encoding import EncodedActivations, human_bytes
 from ..integers import at_least_one
-from ..stream import ActivationStream, check_select
+from ..stream import ActivationStream, check_select, check_selects
 from . import files, layout
 from .arguments import (
     check_lengths,
@@ -129,10 +129,11 @@ def dump(
         raise ValueError(f"codec must be one of {', '.join(layout.CODECS)}, got {codec!r}")
     batch_size, shard_tokens = at_least_one("batch_size", batch_size), at_least_one("shard_tokens", shard_tokens)
     context_size = None if context_size is None else at_least_one("context_size", context_size)
+    check_select(select)
     rank, world_size = worker(rank, world_size)
     module, name = load_model(model)
     points, latents = dumped_points(module, names_filter, saes)
-    check_select(select, points)
+    check_selects(select, points)
     root = files.local_path(out)
     with made_directory(root):
         source = read_tokens(

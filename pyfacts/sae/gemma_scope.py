@@ -6,12 +6,12 @@ embedding, told by its directory, reads the table's rows, which no module of a m
 """
 
 import re
-import warnings
 from pathlib import Path
 
 import torch
 
 from ..errors import CheckpointError
+from ..warn import warn
 from .files import read_npz
 from .record import SAE
 
@@ -26,10 +26,9 @@ def load(path: Path, dtype: torch.dtype | None) -> SAE:
             path, None, "is a transcoder's, which predicts another module's output; pyfacts loads autoencoders"
         )
     if EMBEDDING.search(str(path.absolute())):
-        warnings.warn(
+        warn(
             f"{path}: an SAE of the embedding reads rows of embed_tokens.weight; what Gemma's embedding hands out, and "
-            "hooks see, is sqrt(d_model) times those",
-            stacklevel=3,
+            "hooks see, is sqrt(d_model) times those"
         )
     tensors = read_npz(path)
     d_in, d_sae = tensors.matrix_shape("W_enc")

@@ -5,12 +5,12 @@ threshold that training estimated.
 """
 
 import re
-import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..warn import warn
 from .checkpoint import Config, Tensors
 from .files import read_safetensors
 from .fold import project, row_norms, scale_rows
@@ -32,10 +32,12 @@ REFUSED = {
     "temporal": "its latents depend on the tokens before",
 }
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float32}
-PROCESSING = ("center_writing_weights", "fold_ln", "fold_value_biases", "refactor_factored_attn_matrices")
-"""What TransformerLens can do to a model's weights that changes activations, though not predictions."""
-CENTRED_OR_NOT = re.compile(r"\.hook_(pre|post|z|normalized)$")
-"""Hooks that hand out the same whether or not what is written to the residual stream is centred."""
+CHANGED_BY = {
+    "center_writing_weights": re.compile(r"hook_(resid_\w+|attn_out|mlp_out|embed|pos_embed)$"),
+    "fold_value_biases": re.compile(r"\.hook_[vz]$"),
+    "refactor_factored_attn_matrices": re.compile(r"\.hook_[qkvz]$"),
+}
+"""What TransformerLens can do to a model's weights, and the hooks that then hand out something else."""
 MIN_NORM = 1e-8  # SAELens' own floor for the norms that it folds
 
 
@@ -120,19 +122,22 @@ def _warn_of_processing(config: Config, input_norm: str | None) -> None:
     """Warn if the SAE was trained on activations that the model as published does not have."""
     field = "model_from_pretrained_kwargs"
     kwargs = config.section("metadata").get(field) or config.get(field)
-    processing = [name for name in PROCESSING if isinstance(kwargs, dict) and kwargs.get(name) is True]
-    if CENTRED_OR_NOT.search(_hook_name(config) or ""):
-        processing = [name for name in processing if name != "center_writing_weights"]
+    hook_name = _hook_name(config) or "hook_resid_pre"
+    processing = [
+        name
+        for name, changed in CHANGED_BY.items()
+        if isinstance(kwargs, dict) and kwargs.get(name) is True and changed.search(hook_name)
+    ]
     if not processing:
         return
     remedy = ""
     if processing == ["center_writing_weights"] and input_norm is None:
-        remedy = "; or subtract sae.W_enc.mean(dim=0) from sae.W_enc, after which both models have the same latents"
+        remedy = ". Or subtract sae.W_enc.mean(dim=0) from sae.W_enc: then both models have the same latents"
     names = ", ".join(f"{name}=True" for name in processing)
-    warnings.warn(
-        f"{config.path}: the SAE was trained on a model that TransformerLens had loaded with {names}. On the model as "
-        f"published its latents are others: load it so (from_pretrained_no_processing(name, {names})){remedy}",
-        stacklevel=4,
+    warn(
+        f"{config.path}: the SAE was trained on a model that TransformerLens had processed with {names}. On the model "
+        "as published its latents are others: load it so (HookedTransformer.from_pretrained_no_processing takes these "
+        f"arguments, in TransformerLens 4 enable_compatibility_mode){remedy}"
     )
 
 
