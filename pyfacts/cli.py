@@ -139,7 +139,6 @@ def dump_command(
     if topk is not None and min_abs is not None:
         raise ValueError("--topk and --min-abs exclude each other: give one")
     select = pyfacts.topk(topk) if topk is not None else pyfacts.min_abs(min_abs) if min_abs is not None else None
-    _check_model(model)
     if not err.is_terminal:
         from transformers.utils.logging import disable_progress_bar
 
@@ -304,12 +303,6 @@ def _load_saes(arguments: list[str]) -> dict[str, Any]:
 
         saes[hook] = load_sae(path)
     return saes
-
-
-def _check_model(model: str) -> None:
-    """A path that does not exist would be looked up as a name on the hub."""
-    if model.startswith((".", "/", "~")) and not Path(model).expanduser().exists():
-        raise ValueError(f"model directory {model} does not exist")
 
 
 def _model_name(d: Dump) -> str | None:

@@ -223,6 +223,7 @@ def cat(encodings: Sequence[EncodedActivations]) -> EncodedActivations:
 
     Raises:
         ValueError: there are none, or they differ.
+        TypeError: something else is among them.
 
     Example:
         >>> import torch, pyfacts
@@ -233,6 +234,9 @@ def cat(encodings: Sequence[EncodedActivations]) -> EncodedActivations:
     encodings = list(encodings)
     if not encodings:
         raise ValueError("cat needs at least one encoding, got none")
+    for i, other in enumerate(encodings):
+        if not isinstance(other, EncodedActivations):
+            raise TypeError(f"cat stacks EncodedActivations, got {type(other).__name__} as number {i}")
     first = encodings[0]
     for i, other in enumerate(encodings[1:], start=1):
         for name in ("n_features", "dtype", "device", "signed_zero"):
@@ -263,6 +267,8 @@ def check_matrix(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, bfloat16 or float16, got {x.dtype}; convert it with .to(...)")
+    if x.is_nested:
+        raise ValueError(f"{name} must be a plain tensor, got a nested one; use .values() or .to_padded_tensor(0.0)")
     if x.dim() != 2:
         raise ValueError(
             f"{name} must be [n_tokens, n_features], got shape {tuple(x.shape)}; flatten it with .flatten(0, -2)"
@@ -291,6 +297,11 @@ def _check_writable(out: Tensor) -> None:
 
 
 def _check_min_abs(min_abs: float) -> float:
+    if not isinstance(min_abs, int | float):
+        raise TypeError(
+            f"min_abs must be a number, got {type(min_abs).__name__}; a threshold a feature is what "
+            "pyfacts.min_abs(theta) selects by"
+        )
     min_abs = float(min_abs)
     if not min_abs >= 0:  # NaN too
         raise ValueError(f"min_abs must be at least 0, got {min_abs}")

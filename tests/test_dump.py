@@ -228,6 +228,11 @@ class TestBatches:
         order = np.lexsort(both.numpy().T), np.lexsort(expected.numpy().T)
         assert np.array_equal(both.numpy()[order[0]], expected.numpy()[order[1]])
 
+    @pytest.mark.parametrize(("seed", "error"), [(None, TypeError), (1.0, TypeError), (-1, ValueError)])
+    def test_a_seed_is_a_number(self, dumped, seed, error):
+        with pytest.raises(error, match="seed must be"):
+            dumped.batches(HOOKS, 100, seed)
+
     def test_deterministic_by_seed_and_disjoint_by_rank(self, dumped):
         one = [b[HOOKS[0]] for b in dumped.batches(HOOKS[0], 500, seed=1)]
         again = [b[HOOKS[0]] for b in dumped.batches(HOOKS[0], 500, seed=1)]

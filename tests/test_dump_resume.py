@@ -19,6 +19,7 @@ from dump_models import ARGUMENTS, CONTEXT, HOOKS, N_SEQUENCES, TinyModel, commi
 from pyfacts.capture import DENSE_ABOVE
 from pyfacts.dump import DumpError, DumpInterrupted, files, open_dump, shard_writer
 from pyfacts.dump.run import dump
+from pyfacts.dump.surroundings import disk_errors
 from pyfacts.select import topk
 
 
@@ -125,7 +126,11 @@ def test_a_committed_shard_that_is_gone(undisturbed, tmp_path):
 
 
 class TestDisk:
-    def test_a_full_disk_is_one_clear_error(self, undisturbed, tmp_path):
+    def test_a_full_disk_is_one_clear_error(self, tmp_path):
+        with pytest.raises(DumpError, match="out: cannot be written: the disk is full.*resumes"), disk_errors(tmp_path):
+            raise OSError(errno.ENOSPC, "No space left on device", "out")
+
+    def test_a_disk_that_takes_no_more(self, undisturbed, tmp_path):
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
         def progress(now):
@@ -133,7 +138,7 @@ class TestDisk:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
 
         try:
-            with pytest.raises(DumpError, match="disk is full.*resumes"):
+            with pytest.raises(DumpError, match="File too large.*resumes"):
                 resume(tmp_path, progress=progress)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -256,6 +261,10 @@ class TestWorkers:
         monkeypatch.setenv("RANK", "1")
         monkeypatch.setenv("WORLD_SIZE", "2")
         assert worker(None, None) == (1, 2)
+        monkeypatch.setenv("WORLD_SIZE", "two")
+        with pytest.raises(ValueError, match="WORLD_SIZE must be an integer, got 'two'"):
+            worker(None, None)
+        monkeypatch.setenv("WORLD_SIZE", "2")
         for rank, world_size in ((2, 2), (-1, 2), (0, None), (None, 2)):
             with pytest.raises(ValueError, match="world_size"):
                 resume(tmp_path / "out", rank=rank, world_size=world_size)

@@ -224,6 +224,8 @@ def test_cat_refuses_what_does_not_fit() -> None:
     enc = pyfacts.encode(torch.ones(2, 3))
     with pytest.raises(ValueError, match="at least one"):
         pyfacts.cat([])
+    with pytest.raises(TypeError, match="got Tensor as number 1"):
+        pyfacts.cat([enc, torch.ones(2, 3)])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="n_features: number 0 has 3, number 1 has 4"):
         pyfacts.cat([enc, pyfacts.encode(torch.ones(2, 4))])
     with pytest.raises(ValueError, match="one dtype"):
@@ -269,6 +271,7 @@ def test_to_the_same_device_is_itself() -> None:
         (torch.ones(2, 3, 4), ValueError, r"got shape \(2, 3, 4\)"),
         (torch.ones(3), ValueError, r"got shape \(3,\)"),
         (torch.ones(2, 3).to_sparse_csr(), ValueError, "sparse_csr"),
+        (torch.nested.nested_tensor([torch.ones(2, 3)]), ValueError, "nested"),
     ],
 )
 def test_encode_names_what_is_wrong(x: object, error: type[Exception], message: str) -> None:
@@ -280,6 +283,11 @@ def test_encode_names_what_is_wrong(x: object, error: type[Exception], message: 
 def test_min_abs_must_be_a_threshold(min_abs: float) -> None:
     with pytest.raises(ValueError, match="min_abs must be at least 0"):
         pyfacts.encode(torch.ones(2, 3), min_abs=min_abs)
+
+
+def test_min_abs_must_be_a_number() -> None:
+    with pytest.raises(TypeError, match=r"min_abs must be a number, got Tensor; a threshold a feature is what"):
+        pyfacts.encode(torch.ones(2, 3), min_abs=torch.ones(3))  # type: ignore[arg-type]
 
 
 def altered(plane: str, at: int, value: int) -> pyfacts.EncodedActivations:

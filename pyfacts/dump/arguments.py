@@ -28,9 +28,11 @@ def load_model(model: Any) -> tuple[nn.Module, str | None]:
         return model, None
     if not isinstance(model, str | os.PathLike):
         raise TypeError(f"model must be an nn.Module or a Hugging Face name or directory, got {type(model).__name__}")
+    name = os.fspath(model)
+    if name.startswith((".", "/", "~")) and not os.path.exists(os.path.expanduser(name)):
+        raise ValueError(f"model directory {name} does not exist")  # it would be looked up as a name on the hub
     import transformers
 
-    name = os.fspath(model)
     config = transformers.AutoConfig.from_pretrained(name)
     causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModel
@@ -60,7 +62,7 @@ def default_device() -> torch.device:
             f"{_library.BUILD_CUDA}"
         )
         return torch.device("cpu")
-    number = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+    number = _number_of("LOCAL_RANK" if os.environ.get("LOCAL_RANK") else "SLURM_LOCALID", 0)
     return torch.device("cuda", number % torch.cuda.device_count())
 
 
@@ -157,16 +159,16 @@ def worker(rank: int | None, world_size: int | None) -> tuple[int, int]:
     if rank is None and world_size is None:
         env = os.environ
         if "RANK" in env and "WORLD_SIZE" in env:
-            rank, world_size = int(env["RANK"]), int(env["WORLD_SIZE"])
+            rank, world_size = _number_of("RANK"), _number_of("WORLD_SIZE")
         else:
             rank, world_size = 0, 1
             if "SLURM_ARRAY_TASK_COUNT" in env:
-                first, step = int(env.get("SLURM_ARRAY_TASK_MIN", 0)), int(env.get("SLURM_ARRAY_TASK_STEP", 1))
-                rank = (int(env["SLURM_ARRAY_TASK_ID"]) - first) // max(1, step)
-                world_size = int(env["SLURM_ARRAY_TASK_COUNT"])
+                first, step = _number_of("SLURM_ARRAY_TASK_MIN", 0), _number_of("SLURM_ARRAY_TASK_STEP", 1)
+                rank = (_number_of("SLURM_ARRAY_TASK_ID") - first) // max(1, step)
+                world_size = _number_of("SLURM_ARRAY_TASK_COUNT")
             if "SLURM_PROCID" in env and "SLURM_NTASKS" in env:  # of each element of an array, if there is one
-                n_tasks = int(env["SLURM_NTASKS"])
-                rank, world_size = rank * n_tasks + int(env["SLURM_PROCID"]), world_size * n_tasks
+                n_tasks = _number_of("SLURM_NTASKS")
+                rank, world_size = rank * n_tasks + _number_of("SLURM_PROCID"), world_size * n_tasks
     if rank is None or world_size is None or not 0 <= rank < world_size:
         raise ValueError(f"rank and world_size go together, with 0 <= rank < world_size; got {rank} and {world_size}")
     return rank, world_size
@@ -196,3 +198,14 @@ def model_inputs(
     if "input_ids" in parameters:
         return (), {"input_ids": input_ids, **kwargs}
     return (input_ids,), kwargs
+
+
+def _number_of(variable: str, default: int | None = None) -> int:
+    """An integer of the environment."""
+    text = os.environ.get(variable)
+    if text is None and default is not None:
+        return default
+    try:
+        return int(text or "")
+    except ValueError:
+        raise ValueError(f"the environment's {variable} must be an integer, got {text!r}") from None

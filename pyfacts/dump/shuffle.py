@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..integers import at_least_one
+from ..integers import as_int, at_least_one
 from .arrays import BITS
 
 if TYPE_CHECKING:
@@ -23,7 +23,9 @@ def batches(
     world_size: int,
 ) -> Iterator[dict[str, Any]]:
     """See `Dump.batches`; `blocks` are (shard, block)."""
-    batch_size = at_least_one("batch_size", batch_size)
+    batch_size, seed = at_least_one("batch_size", batch_size), as_int("seed", seed)
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0, got {seed}")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be in [0, world_size), got {rank} of {world_size}")
     if not hooks:

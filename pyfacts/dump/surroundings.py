@@ -14,7 +14,7 @@ from torch import nn
 
 from .errors import DumpError, DumpInterrupted
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 class Signals:
