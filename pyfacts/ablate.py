@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .hook_point import HookPoint
-from .models import Names, unwrap
+from .models import Names
 from .stream import add_hook, eager, never_fired
 
 
@@ -54,7 +54,6 @@ def ablate(model: nn.Module, indices: Mapping[str, Iterable[int] | Tensor], valu
         raise TypeError(f"value must be a number, got {value!r} of type {type(value).__name__}")
     if not indices:
         raise ValueError("indices is empty: name at least one hook and its features")
-    root = unwrap(model)
     names = Names(model)
     points = [names.one(name) for name in indices]
     for point in points:
@@ -64,7 +63,7 @@ def ablate(model: nn.Module, indices: Mapping[str, Iterable[int] | Tensor], valu
         exit_stack.enter_context(eager())
         for point in points:
             setter = _setter(point, _features(point, indices[point.name]), float(value), silent)
-            exit_stack.callback(add_hook(root.get_submodule(point.module_path), point.side, setter))
+            exit_stack.callback(add_hook(names.model.get_submodule(point.module_path), point.side, setter))
         yield
     if silent:
         raise never_fired(sorted(silent))

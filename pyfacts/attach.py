@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .encoding import EncodedActivations
 from .hook_point import HookPoint
-from .models import Names, NamesFilter, resolve_hooks
+from .models import Names, NamesFilter
 from .warn import warn
 
 LATENTS = "hook_sae_acts_post"
@@ -97,18 +97,19 @@ def resolve_captured(
             `names_filter` names too (a `HookedSAETransformer` has hooks of that name).
         TypeError: `saes` is no mapping from names to SAEs.
     """
-    latents = attach(model, saes) if saes else {}
-    points = resolve_hooks(model, names_filter) if names_filter is not None or not latents else []
+    names = Names(model)
+    latents = attach(names, saes) if saes else {}
+    points = names.chosen(names_filter) if names_filter is not None or not latents else []
     if twice := {point.name for point in points} & {point.name for point in latents}:
         raise ValueError(f"{min(twice)} is named by names_filter and captured from saes: leave one of them out")
     return points, latents
 
 
-def attach(model: nn.Module, saes: SaesByHook) -> dict[HookPoint, SparseAutoencoder]:
+def attach(names: Names, saes: SaesByHook) -> dict[HookPoint, SparseAutoencoder]:
     """The hooks of the SAEs' latents, each with its SAE, in the order of `saes`; raises as `resolve_captured` does."""
     if not isinstance(saes, Mapping):
         raise TypeError(f"saes must be a dict from hook names to SAEs, got {type(saes).__name__}")
-    attached, names = {}, Names(model)
+    attached = {}
     for name, sae in saes.items():
         if isinstance(sae, type) or not isinstance(sae, SparseAutoencoder):
             raise TypeError(

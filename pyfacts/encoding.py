@@ -1,5 +1,6 @@
 """The `EncodedActivations` record and the functions that make one."""
 
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -297,11 +298,11 @@ def _check_writable(out: Tensor) -> None:
 
 
 def _check_min_abs(min_abs: float) -> float:
-    if not isinstance(min_abs, int | float):
-        raise TypeError(
-            f"min_abs must be a number, got {type(min_abs).__name__}; a threshold a feature is what "
-            "pyfacts.min_abs(theta) selects by"
-        )
+    if isinstance(min_abs, Tensor) and min_abs.dim() == 0:
+        min_abs = min_abs.item()
+    if isinstance(min_abs, bool) or not isinstance(min_abs, numbers.Real):
+        hint = "; pyfacts.min_abs(theta) selects by a threshold a feature" if hasattr(min_abs, "shape") else ""
+        raise TypeError(f"min_abs must be a number, got {type(min_abs).__name__}{hint}")
     min_abs = float(min_abs)
     if not min_abs >= 0:  # NaN too
         raise ValueError(f"min_abs must be at least 0, got {min_abs}")

@@ -1,17 +1,15 @@
 """Where a module's forward begins and ends, and with which arguments.
 
 torch's hooks tell of most. Models of TransformerLens call their own `forward` (`run_with_hooks`, `generate`), which no
-hook sees: for those a stand-in takes its place.
+hook sees: there a stand-in takes its place, and a bridge's inner model, which can be called by itself, is hooked too.
 """
 
 import functools
 import inspect
 import sys
-import types
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -46,14 +44,19 @@ def watch(module: nn.Module, watcher: Watcher) -> Callable[[], None]:
 
 
 def _hook(module: nn.Module, watcher: Watcher) -> Callable[[], None]:
-    signature = _signature(module)
+    signature = _signature(module.forward)
+    raised_before: BaseException | None = None
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        watcher.begin(module, args, _bind(signature, args, kwargs))
+    def before(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal raised_before
+        if called is module:  # and not a copy of it
+            raised_before = sys.exc_info()[1]
+            watcher.begin(module, args, _bind(signature, args, kwargs))
 
-    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        failed = output is None and sys.exc_info()[0] is not None
-        (watcher.fail if failed else watcher.end)(module)
+    def after(called: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if called is module:
+            failed = output is None and sys.exc_info()[1] is not raised_before
+            (watcher.fail if failed else watcher.end)(module)
 
     handles = [
         module.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
@@ -70,72 +73,59 @@ def _hook(module: nn.Module, watcher: Watcher) -> Callable[[], None]:
 # ---- a stand-in for `forward` ----------------------------------------------------------------------------------------
 
 
-STAND_IN = "_pyfacts_stand_in"
-"""What stand-ins have: a copy that was made of a watched module keeps its own."""
+class _Watchers(list[Watcher]):
+    """Those of one module: nobody watches its copies."""
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Watchers":
+        return _Watchers()
 
-@dataclass
-class _Watched:
-    own: Any  # what the module itself, not its class, has for a forward
-    watchers: list[Watcher] = field(default_factory=list)
-    stand_in: Any = None
-
-
-_watched: WeakKeyDictionary[nn.Module, _Watched] = WeakKeyDictionary()
+    def __reduce__(self) -> Any:
+        return _Watchers, ()
 
 
 def _stand_in(module: nn.Module, watcher: Watcher) -> Callable[[], None]:
-    if module not in _watched:
-        own = module.__dict__.get("forward")
-        watched = _watched[module] = _Watched(own=None if hasattr(own, STAND_IN) else own)
-        # A method, not a function that knows its module: a copy of the module has one of its own, that nobody watches.
-        watched.stand_in = module.forward = types.MethodType(_watched_forward(type(module).forward), module)
-    _watched[module].watchers.append(watcher)
+    own = module.__dict__.get("forward")  # what the module itself, not its class, has
+    if isinstance(own, functools.partial) and own.func is _watched_forward:
+        forward = own
+    else:  # a partial: a copy of the module will have one of the copy
+        forward = functools.partial(_watched_forward, module, own, _Watchers())
+        module.forward = functools.update_wrapper(forward, module.forward)
+    _, own, watchers = forward.args
+    watchers.append(watcher)
 
     def stop() -> None:
-        watched = _watched[module]
-        watched.watchers.remove(watcher)
-        if watched.watchers:
+        watchers.remove(watcher)
+        if watchers or module.__dict__.get("forward") is not forward:  # or somebody put another one over it
             return
-        del _watched[module]
-        if module.__dict__.get("forward") is not watched.stand_in:  # somebody put another one over it
-            return
-        if watched.own is None:
+        if own is None:
             del module.forward
         else:
-            module.forward = watched.own
+            module.forward = own
 
     return stop
 
 
-def _watched_forward(plain: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(plain)
-
-    @functools.wraps(plain)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        watched = _watched.get(self, _Watched(own=None))
-        watchers, call = list(watched.watchers), watched.own or plain.__get__(self)
-        if watchers:
-            bound = lens_calls.arguments(self, _bind(signature, (self, *args), kwargs))
-        for watcher in watchers:
-            watcher.begin(self, args, bound)
-        try:
-            output = call(*args, **kwargs)
-        except Exception:
-            for watcher in watchers:
-                watcher.fail(self)
-            raise
-        for watcher in watchers:
-            watcher.end(self)
-        return output
-
-    setattr(forward, STAND_IN, True)
-    return forward
-
-
-def _signature(module: nn.Module) -> inspect.Signature | None:
+def _watched_forward(module: nn.Module, own: Any, watchers: _Watchers, /, *args: Any, **kwargs: Any) -> Any:
+    plain = type(module).forward.__get__(module)
+    watching = list(watchers)
+    if watching:
+        bound = lens_calls.arguments(module, _bind(_signature(plain), args, kwargs))
+    for watcher in watching:
+        watcher.begin(module, args, bound)
     try:
-        return inspect.signature(module.forward)
+        output = (own or plain)(*args, **kwargs)
+    except BaseException:
+        for watcher in watching:
+            watcher.fail(module)
+        raise
+    for watcher in watching:
+        watcher.end(module)
+    return output
+
+
+def _signature(forward: Callable[..., Any]) -> inspect.Signature | None:
+    try:
+        return inspect.signature(forward)
     except (TypeError, ValueError):
         return None
 

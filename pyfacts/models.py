@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import re
 from collections.abc import Callable, Iterable
@@ -84,21 +83,7 @@ def resolve_hooks(model: nn.Module, names_filter: NamesFilter = None) -> list[Ho
         ValueError: an unknown name (the message lists close matches), a mixture of experts' neurons, or no hook at all.
         TypeError: `names_filter` is something else.
     """
-    found = Names(model)
-    if names_filter is None:
-        return found.neurons()
-    if callable(names_filter):
-        return found.accepted_by(names_filter)
-    names = [names_filter] if isinstance(names_filter, str) else names_filter
-    if not isinstance(names, Iterable):
-        raise TypeError(f"names_filter must be None, a str, a list of str or a callable, got {type(names).__name__}")
-    chosen: dict[str, HookPoint] = {}
-    for name in names:
-        for match in found.matching(name) if isinstance(name, str) and "*" in name else [name]:
-            chosen[match] = found.one(match)
-    if not chosen:
-        raise ValueError("names_filter is empty: name at least one hook, or pass None for every MLP's neurons")
-    return list(chosen.values())
+    return Names(model).chosen(names_filter)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -126,6 +111,25 @@ class Names:
 
     # ---- several -----------------------------------------------------------------------------------------------------
 
+    def chosen(self, names_filter: NamesFilter) -> list[HookPoint]:
+        """See `resolve_hooks`."""
+        if names_filter is None:
+            return self.neurons()
+        if callable(names_filter):
+            return self.accepted_by(names_filter)
+        names = [names_filter] if isinstance(names_filter, str) else names_filter
+        if not isinstance(names, Iterable):
+            raise TypeError(
+                f"names_filter must be None, a str, a list of str or a callable, got {type(names).__name__}"
+            )
+        chosen: dict[str, HookPoint] = {}
+        for name in names:
+            for match in self.matching(name) if isinstance(name, str) and "*" in name else [name]:
+                chosen[match] = self.one(match)
+        if not chosen:
+            raise ValueError("names_filter is empty: name at least one hook, or pass None for every MLP's neurons")
+        return list(chosen.values())
+
     def neurons(self) -> list[HookPoint]:
         """Every MLP's neurons."""
         neurons = [point for point in self.points.values() if point.kind == "neurons"]
@@ -138,14 +142,20 @@ class Names:
         if not self.points:
             raise ValueError(self.nothing())
         chosen = [point for name, point in self.points.items() if accepts(name)]
+        refused = [name for name in self._refused if _accepts(accepts, name)]
+        if refused and not chosen:
+            raise ValueError(self._refused[refused[0]])
+        if refused:
+            warn(self._refused[refused[0]])
         captured = {id(self.model.get_submodule(point.module_path)) for point in chosen}
-        others = []
-        for name, hook in self._lens_hooks.items():
-            if name in self.points or id(hook) in captured or self._has_no_rows(name):
-                continue
-            with contextlib.suppress(Exception):  # it may know no other names than those listed
-                if accepts(name):
-                    others.append(name)
+        others = [
+            name
+            for name, hook in self._lens_hooks.items()
+            if name not in (*self.points, *self._refused)
+            and id(hook) not in captured
+            and not self._has_no_rows(name)
+            and _accepts(accepts, name)
+        ]
         hint = f"It accepts {some(others)} too, which are not listed: give the names that you want in a list"
         if not chosen:
             raise ValueError(
@@ -165,15 +175,17 @@ class Names:
         if listed or refused:
             return listed or refused
         _, colon, side = pattern.partition(":")
-        modules = dict(self.model.named_modules(remove_duplicate=False)) | self._lens_hooks
-        modules = {name: module for name, module in modules.items() if name and not self._has_no_rows(name)}
+        paths = dict(self.model.named_modules(remove_duplicate=False))
+        modules = {name: m for name, m in (paths | self._lens_hooks).items() if name and not self._has_no_rows(name)}
+        found = [name for name in modules if fits(f"{name}{colon}{side}")]
+        found = [name for name in found if name not in paths or self._experts_around(name) is None] or found
         shortest: dict[int, str] = {}
-        for name in sorted((name for name in modules if fits(f"{name}{colon}{side}")), key=len):
+        for name in sorted(found, key=len):
             shortest.setdefault(id(modules[name]), name)
-        if not shortest:
+        if not found:
             known = some(self.points or modules) or "none"
             raise ValueError(f"{pattern!r} matches no hook and no module's path; there are: {known}")
-        return [f"{name}{colon}{side}" for name in modules if name == shortest.get(id(modules[name]))]
+        return [f"{name}{colon}{side}" for name in found if name == shortest[id(modules[name])]]
 
     def same(self, a: HookPoint, b: HookPoint) -> bool:
         """Whether two hooks are one place; the stream behind a block is the stream in front of the next."""
@@ -243,13 +255,19 @@ class Names:
         return stream
 
     def _refuse_experts(self, path: str, name: str) -> None:
+        if (experts := self._experts_around(path)) is not None:
+            raise ValueError(refusal(name, experts))
+
+    def _experts_around(self, path: str) -> str | None:
+        """The mixture of experts that a module is, or lies in."""
         parts = path.split(".")
         for depth in range(1, len(parts) + 1):
             outer = ".".join(parts[:depth])
-            if parts[depth - 1] == "experts" or (
-                not is_attention(outer) and holds_experts(self.model.get_submodule(outer))
-            ):
-                raise ValueError(refusal(name, outer))
+            if parts[depth - 1] == "experts":
+                return outer
+            if not is_attention(outer) and holds_experts(self.model.get_submodule(outer)):
+                return outer
+        return None
 
     def _has_no_rows(self, name: str) -> bool:
         """Whether this is a pattern of attention in TransformerLens, which has no row a token."""
@@ -270,11 +288,21 @@ class Names:
 
     def _unknown(self, name: str) -> str:
         known = [*self.points, *(path for path, _ in self.model.named_modules() if path)]
-        close = difflib.get_close_matches(name, known, n=5, cutoff=0.6)
-        hint = f"Close matches: {', '.join(close)}." if close else f"Known are {some(self.points or known)}."
         if "*" in name:
             hint = "Patterns are for names_filter; here each hook is named by itself."
+        elif close := difflib.get_close_matches(name, known, n=5, cutoff=0.6):
+            hint = f"Close matches: {', '.join(close)}."
+        else:
+            hint = f"Known are {some(self.points or known)}."
         return f"unknown hook {name!r}: neither a name from pyfacts.hook_points(model) nor the path of a module. {hint}"
+
+
+def _accepts(accepts: Callable[[str], bool], name: str) -> bool:
+    """The same of a name that is not listed, and that a function may not know."""
+    try:
+        return bool(accepts(name))
+    except Exception:
+        return False
 
 
 def some(names: Iterable[str]) -> str:

@@ -35,6 +35,9 @@ OnForward = Callable[[dict[str, Activations], dict[str, Tensor]], None]
 class _Stop(BaseException):
     """Ends a forward whose remaining layers nobody asked for. Not an Exception, lest the model's code swallow it."""
 
+    def __init__(self, forward: Forward) -> None:
+        self.forward = forward
+
 
 class ActivationStream:
     """Hooks a model's activations, for as long as it is entered.
@@ -61,7 +64,7 @@ class ActivationStream:
         saes: Mapping[HookPoint, SparseAutoencoder] | None = None,
     ) -> None:
         check_select(select)
-        check_selects(select, points)
+        check_neurons_to_select(select, points)
         if token_mask is not None and not isinstance(token_mask, Tensor | Mapping) and not callable(token_mask):
             raise TypeError(f"token_mask must be a tensor, a dict of tensors or a callable, got {token_mask!r}")
         streams = {point.stream for point in (*points, *(saes or ()))}
@@ -133,9 +136,8 @@ class ActivationStream:
                 self.model(*args, **inputs)
             if self._forward is not None:  # nothing around the blocks was called through its hooks
                 self._deliver(self._forward)
-        except _Stop:
-            assert self._forward is not None
-            self._deliver(self._forward)
+        except _Stop as stop:
+            self._deliver(stop.forward)
         finally:
             self._forward = None
             self.on_forward, self.token_mask = on_forward, kept_mask
@@ -189,7 +191,7 @@ class ActivationStream:
             self._forward = None
 
     def _looks_away(self) -> bool:
-        """Whether this is no forward to capture: a backward pass recomputes one, or a copy of the model kept hooks."""
+        """Whether this is no forward to capture: one that a backward pass computes again, or after the end."""
         return not self._open or _recomputing()
 
     def _deliver(self, forward: Forward) -> None:
@@ -214,7 +216,7 @@ class ActivationStream:
                 self._take(point, value)
             forward = self._forward
             if self.stop_early and forward is not None and forward.complete(self.points):
-                raise _Stop
+                raise _Stop(forward)
 
         return take
 
@@ -256,7 +258,7 @@ def check_select(select: Any) -> None:
         raise TypeError(f"select must be pyfacts.topk(k), pyfacts.min_abs(theta) or alike, got {select!r}")
 
 
-def check_selects(select: Select | None, points: Sequence[HookPoint]) -> None:
+def check_neurons_to_select(select: Select | None, points: Sequence[HookPoint]) -> None:
     """Raises ValueError if there is a select and none of the hooks has neurons to select."""
     if select is not None and all(point.kind != "neurons" for point in points):
         hooks = some(point.name for point in points) or "latents of SAEs, which are sparse already"
@@ -292,8 +294,10 @@ def add_hook(module: nn.Module, side: str, act: Callable[[Any], Any]) -> Callabl
     """
 
     def before(
-        _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if called is not module:  # a copy of it
+            return None
         if args and isinstance(args[0], Tensor):
             new = act(args[0])
             return None if new is None else ((new, *args[1:]), kwargs)
@@ -305,7 +309,9 @@ def add_hook(module: nn.Module, side: str, act: Callable[[Any], Any]) -> Callabl
         new = act(kwargs[key])
         return None if new is None else (args, kwargs | {key: new})
 
-    def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def after(called: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if called is not module:
+            return None
         if isinstance(output, tuple | list) and output:
             new = act(output[0])
             if new is None:
@@ -319,14 +325,29 @@ def add_hook(module: nn.Module, side: str, act: Callable[[Any], Any]) -> Callabl
     return module.register_forward_hook(after).remove
 
 
+_eager_users: list[object] = []
+_eager_stance = contextlib.ExitStack()
+
+
 @contextlib.contextmanager
 def eager() -> Iterator[None]:
-    """Run compiled code eagerly: hooks that are added to a model after it was compiled would not fire."""
+    """Run compiled code eagerly: hooks that are added to a model after it was compiled would not fire.
+
+    Until the last of those that want it is done, in whatever order they end.
+    """
     if "torch._dynamo" not in sys.modules:  # nothing can have been compiled; and importing it takes seconds
         yield
         return
-    with torch.compiler.set_stance("force_eager"):
+    if not _eager_users:
+        _eager_stance.enter_context(torch.compiler.set_stance("force_eager"))
+    user = object()
+    _eager_users.append(user)
+    try:
         yield
+    finally:
+        _eager_users.remove(user)
+        if not _eager_users:
+            _eager_stance.close()
 
 
 def never_fired(names: Sequence[str]) -> HookNeverFired:

@@ -7,7 +7,7 @@ from .hook_point import HookPoint
 
 @dataclass
 class Survey:
-    """The names of a model."""
+    """What was found."""
 
     points: dict[str, HookPoint] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)  # a name one would ask for, and why it is not given

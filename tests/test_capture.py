@@ -324,6 +324,18 @@ def test_compiled_model():
     assert torch._dynamo.eval_frame._stance.stance == "default"
 
 
+def test_compiled_again_whichever_capture_closes_first():
+    compiled = torch.compile(tiny.PlainMlp(), backend="aot_eager")
+    first, second = capture(compiled, "fc2"), capture(compiled, "fc2")
+    first.__enter__()
+    second.__enter__()
+    compiled(torch.randn(2, 6))
+    first.__exit__(None, None, None)
+    assert torch._dynamo.eval_frame._stance.stance == "force_eager"
+    second.__exit__(None, None, None)
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
 def test_compiled_in_place():
     """`module.compile()` leaves no wrapper to look through, only compiled code."""
     model = tiny.PlainMlp()
@@ -458,7 +470,7 @@ def test_dense_capture_warns_once():
     with pytest.warns(UserWarning, match=r"100% dense.*pyfacts\.topk.*SAE") as warned, capture(gelu):
         for seed in range(3):
             gelu(tiny.tokens(seed=seed))
-    assert len(warned) == 1
+    assert len(warned) == 1 and warned[0].filename == __file__
     with capture(gelu, select=select.topk(4)):
         gelu(tiny.tokens())
     with capture(gelu, "blocks.0.hook_resid_pre"):

@@ -286,7 +286,9 @@ def test_min_abs_must_be_a_threshold(min_abs: float) -> None:
 
 
 def test_min_abs_must_be_a_number() -> None:
-    with pytest.raises(TypeError, match=r"min_abs must be a number, got Tensor; a threshold a feature is what"):
+    for number in (np.float32(1.5), torch.tensor(1.5), np.int64(1)):
+        assert pyfacts.encode(torch.tensor([[1.0, 2.0]]), min_abs=number).nnz == 1
+    with pytest.raises(TypeError, match=r"min_abs must be a number, got Tensor; pyfacts\.min_abs\(theta\)"):
         pyfacts.encode(torch.ones(2, 3), min_abs=torch.ones(3))  # type: ignore[arg-type]
 
 

@@ -250,6 +250,12 @@ def test_a_pattern_beside_experts():
     with pytest.warns(UserWarning, match=r"blocks\.1\.mlp\.hook_post is a mixture of experts"):
         points = resolve_hooks(tiny.deepseek(), "blocks.*.mlp.hook_post")
     assert [point.name for point in points] == ["blocks.0.mlp.hook_post"]
+    with pytest.warns(UserWarning, match=r"blocks\.1\.mlp\.hook_post is a mixture of experts"):
+        assert resolve_hooks(tiny.deepseek(), lambda name: name.endswith("mlp.hook_post")) == points
+    for every in ("*.mlp.hook_post", lambda name: name.endswith("mlp.hook_post")):
+        with pytest.raises(ValueError, match=r"blocks\.0\.mlp\.hook_post is a mixture of experts"):
+            resolve_hooks(tiny.mixtral(), every)
+    assert "model.layers.1.self_attn" in [point.module_path for point in resolve_hooks(tiny.deepseek(), "*:output")]
 
 
 def test_a_pattern_of_a_module_with_two_names():

@@ -1,7 +1,10 @@
 """TransformerLens models: the names exist there already, and pyfacts must give what run_with_cache gives."""
 
 import copy
+import functools
+import gc
 import importlib
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -348,29 +351,53 @@ def test_captures_that_close_in_another_order():
 
 
 def test_a_forward_that_others_put_in_its_place_stays():
+    """As accelerate does: before a capture, and within one, over the stand-in; a copy has it too."""
     model, calls = LensModel(), []
 
-    def another(ids):
-        calls.append(ids)
-        return type(model).forward(model, ids)
+    def put_over(model, name):
+        @functools.wraps(model.forward)
+        def forward(model, inner, ids):
+            calls.append(name)
+            return inner(ids)
 
-    model.forward = another
+        model.forward = functools.partial(forward, model, model.forward)
+
+    put_over(model, "before")
+    mine = model.forward
     with capture(model, POST) as cache, torch.no_grad():
         model(tiny.tokens())
-    assert model.forward is another and len(calls) == 1 and len(cache[POST]) == 14
-    with capture(model, POST), torch.no_grad():
+        twin = copy.deepcopy(model)
+    assert model.forward is mine and calls == ["before"] and len(cache[POST]) == 14
+    twin(tiny.tokens())
+    assert calls == ["before"] * 2
+
+    with capture(model, POST):
         model(tiny.tokens())
-        model.forward = LensModel().forward
-    assert "forward" in model.__dict__
+        put_over(model, "within")
+    calls.clear()
+    with capture(model, POST) as cache, torch.no_grad():
+        model(tiny.tokens())
+    model(tiny.tokens())
+    assert calls == ["within", "before"] * 2 and len(cache[POST]) == 14
+
+
+def test_a_capture_that_is_never_closed_keeps_no_model():
+    model = LensModel()
+    capture(model, POST).__enter__()
+    model = weakref.ref(model)
+    gc.collect()
+    assert model() is None
 
 
 @pytest.mark.parametrize("make", [LensModel, tiny.opt])
 def test_a_copy_made_within_a_capture_is_a_model_of_its_own(make):
     model = make()
     hook = resolve_hooks(model)[1].name
-    with capture(model, hook), torch.no_grad():
+    with capture(model, hook) as cache, torch.no_grad():
         model(tiny.tokens())
         twin = copy.deepcopy(model)
+        twin(tiny.tokens())
+    assert len(cache[hook]) == 14
     with torch.no_grad():
         for parameter in twin.parameters():
             parameter.zero_()

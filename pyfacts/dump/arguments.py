@@ -28,8 +28,8 @@ def load_model(model: Any) -> tuple[nn.Module, str | None]:
         return model, None
     if not isinstance(model, str | os.PathLike):
         raise TypeError(f"model must be an nn.Module or a Hugging Face name or directory, got {type(model).__name__}")
-    name = os.fspath(model)
-    if name.startswith((".", "/", "~")) and not os.path.exists(os.path.expanduser(name)):
+    name = os.path.expanduser(os.fspath(model))
+    if (isinstance(model, os.PathLike) or name.startswith((".", "/"))) and not os.path.exists(name):
         raise ValueError(f"model directory {name} does not exist")  # it would be looked up as a name on the hub
     import transformers
 
@@ -62,7 +62,8 @@ def default_device() -> torch.device:
             f"{_library.BUILD_CUDA}"
         )
         return torch.device("cpu")
-    number = _number_of("LOCAL_RANK" if os.environ.get("LOCAL_RANK") else "SLURM_LOCALID", 0)
+    variable = next((name for name in ("LOCAL_RANK", "SLURM_LOCALID") if os.environ.get(name)), None)
+    number = 0 if variable is None else _number_of(variable)
     return torch.device("cuda", number % torch.cuda.device_count())
 
 
@@ -208,4 +209,5 @@ def _number_of(variable: str, default: int | None = None) -> int:
     try:
         return int(text or "")
     except ValueError:
-        raise ValueError(f"the environment's {variable} must be an integer, got {text!r}") from None
+        found = "it is not set" if text is None else f"got {text!r}"
+        raise ValueError(f"the environment's {variable} must be an integer, {found}") from None

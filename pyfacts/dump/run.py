@@ -17,7 +17,7 @@ from ..attach import SaesByHook
 from ..capture import DENSE_ABOVE
 from ..encoding import EncodedActivations, human_bytes
 from ..integers import at_least_one
-from ..stream import ActivationStream, check_select, check_selects
+from ..stream import ActivationStream, check_neurons_to_select, check_select
 from . import files, layout
 from .arguments import (
     check_lengths,
@@ -133,7 +133,7 @@ def dump(
     rank, world_size = worker(rank, world_size)
     module, name = load_model(model)
     points, latents = dumped_points(module, names_filter, saes)
-    check_selects(select, points)
+    check_neurons_to_select(select, points)
     root = files.local_path(out)
     with made_directory(root):
         source = read_tokens(

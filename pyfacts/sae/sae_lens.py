@@ -33,9 +33,9 @@ REFUSED = {
 }
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float32}
 CHANGED_BY = {
-    "center_writing_weights": re.compile(r"hook_(resid_\w+|attn_out|mlp_out|embed|pos_embed)$"),
-    "fold_value_biases": re.compile(r"\.hook_[vz]$"),
-    "refactor_factored_attn_matrices": re.compile(r"\.hook_[qkvz]$"),
+    "center_writing_weights": re.compile(r"hook_(resid_\w+|(attn|mlp)_(in|out)|[qkv]_input|result|(pos_)?embed)$"),
+    "fold_value_biases": re.compile(r"\.hook_([vz]|result)$"),
+    "refactor_factored_attn_matrices": re.compile(r"\.hook_([qkvz]|result)$"),
 }
 """What TransformerLens can do to a model's weights, and the hooks that then hand out something else."""
 MIN_NORM = 1e-8  # SAELens' own floor for the norms that it folds
