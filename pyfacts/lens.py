@@ -15,7 +15,7 @@ NEURONS = re.compile(r"^(?P<block>(?:\w+\.)*?(?:(?:encoder_|decoder_)?blocks|enc
 
 HEADS = re.compile(r"\.hook_([qkvz]|result)$")
 
-PATTERNS = (".hook_pattern", ".hook_attn_scores")
+ATTENTION_PATTERNS = (".hook_pattern", ".hook_attn_scores")
 """Hooks of [batch, head, query, key]."""
 
 EXPERTS = re.compile(r"^\w*blocks\.\d+\.mlp\.experts$")

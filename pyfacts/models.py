@@ -271,7 +271,7 @@ class Names:
 
     def _has_no_rows(self, name: str) -> bool:
         """Whether this is a pattern of attention in TransformerLens, which has no row a token."""
-        return bool(self._lens_hooks) and name.endswith(lens.PATTERNS)
+        return bool(self._lens_hooks) and name.endswith(lens.ATTENTION_PATTERNS)
 
     # ---- what to say -------------------------------------------------------------------------------------------------
 
@@ -298,7 +298,7 @@ class Names:
 
 
 def _accepts(accepts: Callable[[str], bool], name: str) -> bool:
-    """The same of a name that is not listed, and that a function may not know."""
+    """Whether a function accepts a name that is not listed; one that fails does not know it."""
     try:
         return bool(accepts(name))
     except Exception:

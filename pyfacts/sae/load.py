@@ -34,6 +34,8 @@ def load_sae(path: str | os.PathLike[str], device: torch.device | str = "cpu", d
     input and the scales that it applies are folded into W_enc, b_enc and W_dec in float64 (in bfloat16 and float16 the
     folded bias is rounded to 8 or 11 bits; float32 is the safe choice), a gated SAE becomes the JumpReLU SAE that it
     equals, and a BatchTopK SAE uses the threshold that training left in it. What cannot be had exactly is refused.
+    A warning tells of an SAE that was trained on other activations than the published model has: SAELens' on a model
+    that TransformerLens had processed (`center_writing_weights`), and Gemma Scope's on rows of the embedding's table.
 
     Args:
         path: the directory, or the file of weights in it.
