@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 NVCC ?= $(or $(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
 SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
 
-.PHONY: setup cuda demo test test-slow lint format bench gpu-check gpu-wheels clean
+.PHONY: setup cuda demo test test-newest test-slow lint format bench gpu-check gpu-wheels clean
 
 setup: $(VENV)/.built
 $(VENV)/.installed: pyproject.toml requirements-dev.txt requirements-sae.txt
@@ -36,6 +36,13 @@ demo: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto -m "not slow"
+
+# What meets models, with the newest transformers instead of the pinned one.
+NEWEST ?= transformers==5.24.0
+test-newest: setup
+	$(BIN)/pip install --quiet --no-deps --upgrade --target build/newest $(NEWEST)
+	PYTHONPATH=build/newest OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto -m "not slow" tests/test_ablate.py \
+	  tests/test_capture*.py tests/test_cli.py tests/test_demo.py tests/test_dump_inputs.py tests/test_models*.py
 
 test-slow: setup
 	$(BIN)/pytest -m slow

@@ -177,7 +177,8 @@ class ActivationStream:
             tokens = forward.tokens.setdefault(stream, Tokens())
             tokens.learn(bound, prefix, args, outermost=forward.owner is module)
             if stream != "encoder":
-                tokens.past = tokens.past or past_length(bound.get("past_key_values"))
+                caches = (bound.get(name) for name in ("past_key_values", "cache"))  # transformers 5.24 renamed it
+                tokens.past = tokens.past or max(map(past_length, caches))
 
     def _end(self, module: nn.Module) -> None:
         forward = self._forward

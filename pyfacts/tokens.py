@@ -230,7 +230,7 @@ def join(parts: Sequence[Activations]) -> Activations:
 
 
 def past_length(cache: Any) -> int:
-    """How many tokens a key-value cache holds already."""
+    """How many tokens a key-value cache holds already; 0 of anything else."""
     if hasattr(cache, "get_seq_length"):
         return int(cache.get_seq_length())
     entries = getattr(cache, "entries", None)  # TransformerLens'

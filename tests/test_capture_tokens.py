@@ -1,9 +1,12 @@
 """Which tokens are captured, in which order, at which positions: masks, caches, chunks, two stacks, early stops."""
 
+import inspect
+
 import pytest
 import tiny_models as tiny
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 import pyfacts
 from pyfacts.models import resolve_hooks
@@ -143,12 +146,16 @@ def test_generate_continues_the_same_sequences(model):
     torch.testing.assert_close(found, at_once[where[:, 0], where[:, 1]], rtol=1e-4, atol=1e-5)
 
 
-def test_a_cache_from_before_the_capture(model):
-    """Positions start where the cache ends."""
+@pytest.mark.parametrize("argument", ["past_key_values", "cache"])
+def test_a_cache_from_before_the_capture(model, argument):
+    """Positions start where the cache ends, which transformers 5.24 began to call by another name."""
+    if argument == "cache" and argument not in inspect.signature(model.forward).parameters:
+        pytest.skip("not a name of this transformers")
+    past = {argument: DynamicCache()}
     with torch.no_grad():
-        past = model(tiny.tokens(2, 4), use_cache=True).past_key_values
+        model(tiny.tokens(2, 4), **past)
         with pyfacts.capture(model) as cache:
-            model(tiny.tokens(2, 2), past_key_values=past, attention_mask=torch.ones(2, 6, dtype=torch.long))
+            model(tiny.tokens(2, 2), **past, attention_mask=torch.ones(2, 6, dtype=torch.long))
     assert cache.positions.tolist() == [[0, 4], [0, 5], [1, 4], [1, 5]]
 
 
