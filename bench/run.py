@@ -51,7 +51,7 @@ def measure() -> list[Row]:
     """
     touch_memory()
     rows = run_pytest("bench/test_packed_size.py")  # counted, not timed
-    for name in ("encode_decode", "capture_cost", "linear", "dump_speed"):
+    for name in ("encode_decode", "capture_cost", "linear", "dump_speed", "dump_read"):
         rows += in_the_middle([run_pytest(f"bench/test_{name}.py") for _ in range(RUNS)])
     if rows[0]["isa"].startswith("avx512"):
         selected = ("bench/test_encode_decode.py", "-k", "not odd and not fresh")

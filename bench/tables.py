@@ -134,6 +134,8 @@ def speed(rows: Rows) -> Iterator[Line]:
     yield from encoders(rows)
     yield from sparse_linear(rows)
     yield from capture_and_dump(rows)
+    if rows.find(op="read batches"):  # not measured everywhere yet
+        yield from reading(rows)
 
 
 def encoding(rows: Rows) -> Iterator[Line]:
@@ -227,6 +229,20 @@ def capture_and_dump(rows: Rows) -> Iterator[Line]:
     first, second = (" and ".join(f"{added_bytes(row) / 1e6:.0f}" for row in found) for found in dumps)
     counts = " and ".join(f"{row['n_tokens']:,}" for row in dumps[0])
     yield Line(f"MB it adds to resident memory, for {counts} tokens", (first, second), aim="the same")
+
+
+def reading(rows: Rows) -> Iterator[Line]:
+    """A dump's tokens and neurons, from the page cache."""
+    first, second = (f"{row['gb_per_s'] * 1e9 / 2**30:.1f} GiB/s" for row in rows.of_dtypes(op="read batches"))
+    yield Line("shuffled dense batches of a dump, 3% dense, codec `zstd`", (first, second), aim="≥ 1 GiB/s")
+    beside = "the dense matrix, memory-mapped, in the page cache"
+    for op, measure in (
+        ("batches", "the same"),
+        ("tokens", "ranges of 4,096 tokens of a dump, packed"),
+        ("far neurons", "64 neurons of a dump, each of another column, at 65,536 tokens"),
+        ("neighbouring neurons", "64 neurons of a dump, of one column, at 65,536 tokens"),
+    ):
+        yield faster(measure, rows.of_dtypes(op=f"read {op}"), beside)
 
 
 def added_bytes(dump: Row) -> int:

@@ -15,7 +15,9 @@
 
 #include "cpu/encoding.h"
 #include "storage/block.h"
+#include "storage/feature_lists.h"
 #include "storage/split.h"
+#include "storage/token_rows.h"
 
 namespace py = pybind11;
 using namespace pyfacts;
@@ -84,6 +86,12 @@ void expect_features(int64_t n_features) {
                           std::to_string(n_features));
 }
 
+void expect_feature(int64_t feature, int64_t n_features) {
+  if (feature < 0 || feature >= n_features)
+    throw py::index_error("feature " + std::to_string(feature) + " is out of range: there are " +
+                          std::to_string(n_features));
+}
+
 using Array8 = py::array_t<uint8_t>;
 using Array64 = py::array_t<int64_t>;
 
@@ -131,31 +139,15 @@ class Encoding {
         without_gil([&] { return cpu::decode(view, signed_zero, bytes.data(), view.n_features, cpu::run_serially); }));
   }
 
-  void gather_rows(const py::object& rows, const py::object& out) const {
-    const Bytes row_bytes(rows);
-    const Bytes bytes(out, true);
-    const int64_t n_rows = row_bytes.size() / 8;
-    expect_aligned("rows", row_bytes, 8);
-    expect_size("rows", row_bytes, n_rows * 8);
-    expect_size("out", bytes, n_rows * view.n_features * item_bytes(view.dtype));
-    expect_aligned("out", bytes, item_bytes(view.dtype));
-    const std::unique_ptr<int64_t[]> starts(new int64_t[2 * view.n_tokens]);
-    raise_if(without_gil(
-        [&] { return storage::gather_rows(view, row_bytes.data<int64_t>(), n_rows, starts.get(), bytes.data()); }));
-  }
-
   std::pair<Array64, Array8> neuron(int64_t feature) const {
-    if (feature < 0 || feature >= view.n_features)
-      throw py::index_error("feature " + std::to_string(feature) + " is out of range: there are " +
-                            std::to_string(view.n_features));
+    expect_feature(feature, view.n_features);
+    const int64_t item = item_bytes(view.dtype);
+    // Room for all tokens; what is not found is never touched.
+    const std::unique_ptr<int64_t[]> tokens(new int64_t[view.n_tokens]);
+    const std::unique_ptr<uint8_t[]> values(new uint8_t[view.n_tokens * item]);
     int64_t n_found = 0;
-    raise_if(without_gil([&] { return cpu::neuron(view, feature, nullptr, nullptr, &n_found); }));
-    Array64 tokens(n_found);
-    Array8 values(n_found * item_bytes(view.dtype));
-    int64_t* const tokens_out = tokens.mutable_data();
-    uint8_t* const values_out = values.mutable_data();
-    raise_if(without_gil([&] { return cpu::neuron(view, feature, tokens_out, values_out, &n_found); }));
-    return {std::move(tokens), std::move(values)};
+    raise_if(without_gil([&] { return cpu::neuron(view, feature, tokens.get(), values.get(), &n_found); }));
+    return {Array64(n_found, tokens.get()), Array8(n_found * item, values.get())};
   }
 
   std::unique_ptr<Encoding> slice(int64_t start, int64_t stop) const {
@@ -226,6 +218,60 @@ class Encoding {
 
   Bytes counts_, index_, values_, tile_ptr_;
 };
+
+std::unique_ptr<storage::FeatureLists> feature_lists(const Encoding& encoding) {
+  auto lists = std::make_unique<storage::FeatureLists>();
+  raise_if(without_gil([&] { return lists->assign(encoding.view); }));
+  return lists;
+}
+
+std::pair<py::array_t<uint32_t>, Array8> listed_neuron(const storage::FeatureLists& lists, int64_t feature) {
+  expect_feature(feature, lists.n_features());
+  const int64_t n = lists.count(feature);
+  return {py::array_t<uint32_t>(n, lists.tokens(feature)), Array8(n * lists.item(), lists.values(feature))};
+}
+
+std::unique_ptr<storage::TokenRows> token_rows(const Encoding& encoding) {
+  auto rows = std::make_unique<storage::TokenRows>();
+  raise_if(without_gil([&] { return rows->assign(encoding.view); }));
+  return rows;
+}
+
+// Token tokens[i] of block which[i] -> row i of `out`.
+void gather_rows(const std::vector<const storage::TokenRows*>& blocks, const py::object& which,
+                 const py::object& tokens, const py::object& out) {
+  const Bytes which_bytes(which), token_bytes(tokens), bytes(out, true);
+  const int64_t n = which_bytes.size() / 8;
+  expect_size("which", which_bytes, n * 8);
+  expect_size("tokens", token_bytes, n * 8);
+  expect_aligned("which", which_bytes, 8);
+  expect_aligned("tokens", token_bytes, 8);
+  int64_t row_bytes = 0;
+  for (const storage::TokenRows* block : blocks) {
+    if (block == nullptr) throw py::type_error("gather_rows needs TokenRows, and got None");
+    row_bytes = block->n_features() * item_bytes(block->dtype());
+    expect_size("out", bytes, n * row_bytes);
+    expect_aligned("out", bytes, item_bytes(block->dtype()));
+  }
+  const int64_t* const block_of = which_bytes.data<int64_t>();
+  const int64_t* const token_of = token_bytes.data<int64_t>();
+  for (int64_t i = 0; i < n; ++i) {
+    if (block_of[i] < 0 || block_of[i] >= static_cast<int64_t>(blocks.size()))
+      throw py::index_error("which holds " + std::to_string(block_of[i]) + ", there are " +
+                            std::to_string(blocks.size()) + " blocks");
+    if (token_of[i] < 0 || token_of[i] >= blocks[block_of[i]]->n_tokens())
+      throw py::index_error("tokens hold " + std::to_string(token_of[i]) + ", the block has " +
+                            std::to_string(blocks[block_of[i]]->n_tokens()));
+  }
+  raise_if(without_gil([&] {
+    for (int64_t i = 0; i < n; ++i) {
+      if (i + 1 < n) blocks[block_of[i + 1]]->prefetch(token_of[i + 1]);
+      const storage::Fault fault = blocks[block_of[i]]->unpack(token_of[i], bytes.data() + i * row_bytes);
+      if (!fault.ok()) return fault;
+    }
+    return storage::Fault{};
+  }));
+}
 
 // counts [C, T] -> (occupancy u8 [C, ceil(T / 8)], occupied u8 [n], n_occupied i64 [C]).
 py::tuple split_counts(const Encoding& encoding) {
@@ -368,11 +414,17 @@ PYBIND11_MODULE(_storage, m) {
       .def_property_readonly("dtype", [](const Encoding& e) { return e.dtype_name; })
       .def("check", &Encoding::check, py::arg("signed_zero"))
       .def("decode", &Encoding::decode, py::arg("out"), py::arg("signed_zero"))
-      .def("gather_rows", &Encoding::gather_rows, py::arg("rows"), py::arg("out"))
       .def("neuron", &Encoding::neuron, py::arg("feature"))
       .def("slice", &Encoding::slice, py::arg("start"), py::arg("stop"))
       .def("add_feature_stats", &Encoding::add_feature_stats, py::arg("nnz"), py::arg("sum"), py::arg("sum_sq"),
            py::arg("maximum"));
+  py::class_<storage::FeatureLists>(m, "FeatureLists", "A copy of an encoding in the order of its features.")
+      .def(py::init(&feature_lists), py::arg("encoding"))
+      .def("neuron", &listed_neuron, py::arg("feature"))
+      .def_property_readonly("nbytes", &storage::FeatureLists::n_bytes);
+  py::class_<storage::TokenRows>(m, "TokenRows", "A copy of an encoding in the order of its tokens.")
+      .def(py::init(&token_rows), py::arg("encoding"));
+  m.def("gather_rows", &gather_rows, py::arg("blocks"), py::arg("which"), py::arg("tokens"), py::arg("out"));
   m.def("cat", &Encoding::cat, py::arg("encodings"));
   m.def("split_counts", &split_counts, py::arg("encoding"));
   m.def("join_block", &join_block, py::arg("occupancy"), py::arg("occupied"), py::arg("index"), py::arg("values"),

@@ -1,6 +1,8 @@
 // Schemas of every pyfacts op and their CPU kernels: check -> allocate -> call a torch-free kernel.
 //
 // An encoding travels as its four planes (counts, index, values, tile_ptr) and n_features; see format.h and planes.h.
+#include <cstring>
+#include <memory>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -153,12 +155,18 @@ std::tuple<Tensor, Tensor> neuron(const Tensor& counts, const Tensor& index, con
   const cpu::Encoding encoding = view(counts, index, values, tile_ptr, n_features);
   STD_TORCH_CHECK(0 <= feature && feature < n_features, "feature ", feature, " out of range for ", n_features,
                   " features");
+  const int64_t item = item_bytes(encoding.dtype);
+  // Room for all tokens; what is not found is never touched.
+  const std::unique_ptr<int64_t[]> room(new int64_t[encoding.n_tokens]);
+  const std::unique_ptr<uint8_t[]> values_room(new uint8_t[encoding.n_tokens * item]);
   int64_t n_found = 0;
-  check_status(cpu::neuron(encoding, feature, nullptr, nullptr, &n_found));
+  check_status(cpu::neuron(encoding, feature, room.get(), values_room.get(), &n_found));
   Tensor tokens = new_empty(values, {n_found}, ScalarType::Long);
   Tensor found = new_empty(values, {n_found}, values.scalar_type());
-  check_status(cpu::neuron(encoding, feature, static_cast<int64_t*>(tokens.mutable_data_ptr()),
-                           found.mutable_data_ptr(), &n_found));
+  if (n_found > 0) {
+    std::memcpy(tokens.mutable_data_ptr(), room.get(), n_found * sizeof(int64_t));
+    std::memcpy(found.mutable_data_ptr(), values_room.get(), n_found * item);
+  }
   return {std::move(tokens), std::move(found)};
 }
 

@@ -48,14 +48,21 @@ def test_blocks_rows_slices_and_neurons(matrix, random):
     joined = _storage.join_block(*planes, n_tokens, n_features, encoding.dtype, False)
     assert np.array_equal(joined.counts, encoding.counts) and np.array_equal(joined.tile_ptr, encoding.tile_ptr)
 
-    rows = np.array([random.randrange(n_tokens) for _ in range(20)])
+    tokens, which = np.array([[random.randrange(n_tokens), random.randrange(2)] for _ in range(20)]).T.copy()
     out = np.full((20, n_features), 0xAB, bits.dtype)
-    joined.gather_rows(rows, out)
-    assert np.array_equal(out, bits[rows])
+    flipped = storage_encoding(encode(dtype, bits[::-1].copy()))
+    _storage.gather_rows([_storage.TokenRows(joined), _storage.TokenRows(flipped)], which, tokens, out)
+    assert np.array_equal(out, np.where(which[:, None] == 0, bits[tokens], bits[::-1][tokens]))
 
     j = random.randrange(n_features)
     tokens, values = joined.neuron(j)
     assert np.array_equal(tokens, bits[:, j].nonzero()[0]) and np.array_equal(values.view(bits.dtype), bits[tokens, j])
+
+    lists = _storage.FeatureLists(joined)
+    for feature in {0, j, n_features - 1}:
+        tokens, values = lists.neuron(feature)
+        assert np.array_equal(tokens, bits[:, feature].nonzero()[0])
+        assert np.array_equal(values.view(bits.dtype), bits[tokens, feature])
 
     cut = random.randrange(n_tokens + 1)
     again = _storage.cat([joined.slice(0, cut), joined.slice(cut, n_tokens)])
@@ -100,11 +107,19 @@ def test_every_half_precision_value_converts(dtype):
 def test_wrong_arguments_are_errors():
     encoding = storage_encoding(pyfacts.encode(torch.eye(10)))
     planes = encoding.counts, encoding.index, encoding.values, encoding.tile_ptr
-    for rows in ([10], [-1]):
-        with pytest.raises(_storage.Fault, match="out of range"):
-            encoding.gather_rows(np.array(rows), np.empty((1, 10), np.uint32))
+    rows, one, out = _storage.TokenRows(encoding), np.array([0]), np.empty((1, 10), np.uint32)
+    for which, token in ((0, 10), (0, -1), (1, 0), (-1, 0)):
+        with pytest.raises(IndexError, match="tokens hold|which holds"):
+            _storage.gather_rows([rows], np.array([which]), np.array([token]), out)
+    for blocks in ([], [None]):
+        with pytest.raises((IndexError, TypeError)):
+            _storage.gather_rows(blocks, one, one, out)
     for call in (
-        lambda: encoding.gather_rows(np.array([0]), np.empty((2, 10), np.uint32)),
+        lambda: _storage.gather_rows([rows], one, np.array([0, 1]), out),
+        lambda: _storage.gather_rows([rows], one, one, np.empty(11, np.uint32)),
+        lambda: _storage.gather_rows(
+            [rows, _storage.TokenRows(storage_encoding(pyfacts.encode(torch.eye(11))))], one, one, out
+        ),
         lambda: encoding.decode(np.empty((9, 10), np.uint32), False),
         lambda: encoding.add_feature_stats(*new_statistics(9)),
         lambda: _storage.Encoding(*planes, 10, "int8"),
@@ -117,7 +132,11 @@ def test_wrong_arguments_are_errors():
             call()
     with pytest.raises(TypeError, match="got None"):
         _storage.cat([encoding, None])
-    for call in (lambda: encoding.neuron(10), lambda: encoding.neuron(-1), lambda: encoding.slice(3, 2)):
+    lists = _storage.FeatureLists(encoding)
+    for call in (
+        *(lambda j=j, e=e: e.neuron(j) for j in (10, -1) for e in (encoding, lists)),
+        lambda: encoding.slice(3, 2),
+    ):
         with pytest.raises(IndexError):
             call()
     read_only = np.empty((10, 10), np.uint32)
@@ -140,7 +159,9 @@ def test_sums_that_overflow_and_a_bit_beyond_a_width_of_255():
         tile_ptr[0, 0, start] = 2**63 - 1
         damaged = _storage.Encoding(encoding.counts, encoding.index, encoding.values, tile_ptr, 255, "float32")
         with pytest.raises(_storage.Fault, match="tile start"):
-            damaged.gather_rows(np.array([1]), np.empty((1, 255), np.uint32))
+            _storage.TokenRows(damaged)
+        with pytest.raises(_storage.Fault, match="tile start"):
+            _storage.FeatureLists(damaged)
 
 
 def test_index_planes_split_and_join_with_empty_segments():
@@ -148,6 +169,11 @@ def test_index_planes_split_and_join_with_empty_segments():
     gaps, bitmaps = _storage.split_index(counts, index, 256)
     assert gaps.tolist() == [0, 0, 0] and np.array_equal(bitmaps, index[3:])
     assert np.array_equal(_storage.join_index(counts, gaps, bitmaps, 256), index)
+
+
+def gather_all(encoding, bits):
+    everything = np.arange(len(bits))
+    _storage.gather_rows([_storage.TokenRows(encoding)], 0 * everything, everything, np.empty(bits.shape, bits.dtype))
 
 
 @settings(deadline=None, max_examples=150)
@@ -164,7 +190,8 @@ def test_damaged_planes_are_refused_or_an_encoding(matrix, plane, where, byte):
     calls = [
         lambda: bad.check(False),
         lambda: bad.decode(np.empty(bits.shape, bits.dtype), False),
-        lambda: bad.gather_rows(np.arange(len(bits)), np.empty(bits.shape, bits.dtype)),
+        lambda: gather_all(bad, bits),
+        lambda: _storage.FeatureLists(bad).neuron(0),
         lambda: bad.neuron(bits.shape[1] - 1),
         lambda: bad.add_feature_stats(*new_statistics(bits.shape[1])),
         lambda: bad.slice(1, len(bits)),

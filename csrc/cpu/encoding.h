@@ -130,8 +130,8 @@ Status decode(const Encoding& encoding, bool signed_zero, void* out, int64_t row
 Status column_starts(const uint8_t* counts, const uint8_t* index, int64_t index_bytes, int64_t n_tokens, int64_t width,
                      int64_t* tile_ptr, int64_t* index_total, int64_t* values_total);
 
-// One feature: tokens [n], ascending, and values [n]. Returns n through `n_found`;
-// with tokens == nullptr it only counts. Checks the segments it reads.
+// One feature: tokens [n], ascending, and values [n], each with room for n_tokens. Returns n through `n_found`. Checks
+// the segments it reads.
 Status neuron(const Encoding& encoding, int64_t feature, int64_t* tokens, void* values, int64_t* n_found);
 
 // CSR: crow [n_tokens + 1], col [n_values] ascending within a row, values [n_values].

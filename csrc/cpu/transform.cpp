@@ -154,10 +154,8 @@ Status neuron(const Encoding& encoding, int64_t feature, int64_t* tokens, void* 
     if (fault != Fault::none) return {fault, column, segment.token()};
     const int64_t rank = find(feature % kColumnWidth, segment.count(), segment.width(), segment.index());
     if (rank < 0) continue;
-    if (tokens != nullptr) {
-      tokens[*n_found] = segment.token();
-      std::memcpy(static_cast<uint8_t*>(values) + *n_found * item, segment.values() + rank * item, item);
-    }
+    tokens[*n_found] = segment.token();
+    std::memcpy(static_cast<uint8_t*>(values) + *n_found * item, segment.values() + rank * item, item);
     ++*n_found;
   }
   return {};

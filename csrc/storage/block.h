@@ -53,10 +53,6 @@ struct StoredBlock {
 // lengths against planes, occupancy against counts, and all that cpu::check() checks.
 Fault join_block(const StoredBlock& block, bool signed_zero, uint8_t* counts, int64_t* tile_ptr);
 
-// Dense rows [n_rows, n_features] of the tokens `rows` [n_rows], in any order, each in [0, n_tokens).
-// `starts` is scratch, [n_tokens, 2].
-Fault gather_rows(const cpu::Encoding& encoding, const int64_t* rows, int64_t n_rows, int64_t* starts, void* out);
-
 // Adds to per-feature statistics [n_features] of the stored values: how many, their sum, sum of squares and maximum
 // (a NaN counts in nnz and the sums, never in the maximum). Checks that it reads in bounds.
 Fault add_feature_stats(const cpu::Encoding& encoding, int64_t* nnz, double* sum, double* sum_sq, float* maximum);

@@ -82,6 +82,7 @@ class Dump:
         self._tokens: Cache[int, tuple[np.ndarray, ...]] = Cache(CACHED_BYTES, lambda t: sum(a.nbytes for a in t))
         self._hook_files: Cache[tuple[int, str], HookFile] = Cache(OPEN_FILES, lambda _: 1)
         self._blocks: Cache[tuple[int, str, int], Any] = Cache(CACHED_BYTES, _block_bytes)
+        self._lists: Cache[tuple[int, str, int, int], _storage.FeatureLists] = Cache(CACHED_BYTES, lambda f: f.nbytes)
         self._maxima: Cache[tuple[int, str], np.ndarray] = Cache(CACHED_BYTES, lambda a: a.nbytes)
         self.token_ids = _TokenColumn(self, lambda tokens: tokens[2])
         self.positions = _TokenColumn(self, lambda tokens: np.stack(tokens[:2], axis=1))
@@ -392,7 +393,8 @@ class DumpedHook:
     def neuron(self, j: int) -> tuple[Any, Any]:
         """Returns the committed tokens (int64 [n], ascending) at which neuron j is stored, and its values there.
 
-        Reads that neuron's column of every block, 256 neurons wide, and nothing else.
+        Reads that neuron's column of every block, 256 neurons wide, and nothing else; the neurons of the column that
+        are asked for next come from memory.
         """
         j = self._feature(j)
         found = [self._neuron_bits(shard, j) for shard in self._dump._records]
@@ -466,10 +468,16 @@ class DumpedHook:
         tokens, values = [np.empty(0, np.int64)], [np.empty(0, np.uint8)]
         start = self._dump._plan.token_starts[shard]
         for block, first in enumerate(block_starts(file.blocks)[:-1]):
-            found, bits = file.column(block, column).neuron(feature)
-            tokens.append(found + (start + first))
+            found, bits = self._lists(shard, block, column).neuron(feature)
+            tokens.append(found + np.int64(start + first))
             values.append(bits)
         return np.concatenate(tokens), np.concatenate(values)
+
+    def _lists(self, shard: int, block: int, column: int) -> "_storage.FeatureLists":
+        """A column of a block, neuron by neuron; the last ones are kept, for the next neuron may be a neighbour."""
+        return self._dump._lists.get(
+            (shard, self.name, block, column), lambda: _storage.FeatureLists(self._file(shard).column(block, column))
+        )
 
     def _neuron_in(self, shard: int, j: int) -> tuple[np.ndarray, np.ndarray]:
         """The same with values as float32."""

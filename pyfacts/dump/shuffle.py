@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .. import _storage
 from ..integers import as_int, at_least_one
 from .arrays import BITS
 
@@ -49,7 +50,7 @@ def _batches(
         group = order[i : i + MIXED_BLOCKS]
         fresh = []
         for number in group:
-            loaded[number] = [hook._read_block(*blocks[number]) for hook in hooks]
+            loaded[number] = [_by_token(hook._read_block(*blocks[number])) for hook in hooks]
             n_tokens = hooks[0]._block_tokens(*blocks[number])
             fresh.append(np.stack([np.full(n_tokens, number), np.arange(n_tokens)], axis=1))
         pool = rng.permutation(np.concatenate([pool, *fresh]))
@@ -62,23 +63,22 @@ def _batches(
         loaded = {number: block for number, block in loaded.items() if number in needed}
 
 
+def _by_token(block: "_storage.Encoding | np.ndarray") -> "_storage.TokenRows | np.ndarray":
+    return block if isinstance(block, np.ndarray) else _storage.TokenRows(block)
+
+
 def _gather(hooks: "Sequence[DumpedHook]", loaded: dict[int, list[Any]], picked: np.ndarray) -> dict[str, Any]:
     """Dense rows of (block number, token) pairs, by hook, in the order of the pairs."""
-    # Token by token within a block, then back into the order asked for: each block is walked once.
-    order = np.argsort(picked[:, 0], kind="stable")
-    numbers, starts = np.unique(picked[order, 0], return_index=True)
-    ends = [*starts[1:].tolist(), len(order)]
+    numbers, which = np.unique(picked[:, 0], return_inverse=True)
+    tokens = np.ascontiguousarray(picked[:, 1])
     batch = {}
     for h, hook in enumerate(hooks):
+        blocks = [loaded[number][h] for number in numbers.tolist()]
         rows = np.empty((len(picked), hook.width), BITS[hook.dtype])
-        for number, start, end in zip(numbers.tolist(), starts.tolist(), ends, strict=True):
-            places = order[start:end]
-            block, tokens = loaded[number][h], np.ascontiguousarray(picked[places, 1])
-            if hook.kind == "rows":
-                rows[places] = block[tokens]
-            else:
-                dense = np.empty((len(places), hook.width), BITS[hook.dtype])
-                block.gather_rows(tokens, dense)
-                rows[places] = dense
+        if hook.kind == "rows":
+            for b, block in enumerate(blocks):
+                rows[which == b] = block[tokens[which == b]]
+        else:
+            _storage.gather_rows(blocks, which, tokens, rows)
         batch[hook.name] = hook._dump.framework.rows(rows, hook.dtype)
     return batch
