@@ -36,7 +36,9 @@ app = typer.Typer(
 out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 err = Console(stderr=True, soft_wrap=True)
 
-DumpArgument = Annotated[Path, typer.Argument(metavar="OUT", help="Directory of the dump.")]
+DumpArgument = Annotated[
+    str, typer.Argument(metavar="OUT", help="Directory of the dump, or an address such as s3://bucket/dump.")
+]
 
 
 def main() -> NoReturn:
@@ -284,7 +286,7 @@ def marked_context(context: Context, tokenizer: Any) -> str:
     return f"{escape(before)}[bold reverse]{escape(f'«{word}»')}[/bold reverse]{escape(after)}"
 
 
-def _open(directory: Path) -> Dump:
+def _open(directory: str) -> Dump:
     import pyfacts
 
     return pyfacts.open_dump(directory)

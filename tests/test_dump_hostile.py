@@ -22,6 +22,7 @@ from pyfacts.dump.errors import DumpError
 from pyfacts.dump.layout import PLANES
 from pyfacts.dump.reader import open_dump
 from pyfacts.dump.statistics import column_digest
+from pyfacts.dump.store import Directory
 
 FUZZ = settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
@@ -151,7 +152,7 @@ def test_cut_after_it_was_mapped(codec, golden):
 def test_a_damaged_column_is_named(tmp_path):
     root = Path(shutil.copytree(GOLDEN / "v1-none", tmp_path / "dump"))
     path = next(root.glob("00001-*")) / "blocks.0.mlp.hook_post.safetensors"
-    file = TensorFile(path, root)
+    file = TensorFile(Directory(root).open(f"{path.parent.name}/{path.name}"))
     offset = file.offset("0/index", 3)
     data = bytearray(path.read_bytes())
     data[offset] ^= 1

@@ -8,7 +8,7 @@ import torch
 from dump_models import CONTEXT, HOOKS, VOCAB, TinyModel, hooked, one_thread, tokens  # noqa: F401
 from tiny_models import opt, t5
 
-from pyfacts.dump import arguments, documents, open_dump
+from pyfacts.dump import arguments, documents
 from pyfacts.dump.inputs import read_tokens
 from pyfacts.dump.run import dump
 
@@ -325,14 +325,6 @@ class TestBadInput:
     def test_a_mapping_of_something_else(self, tmp_path):
         with pytest.raises(ValueError, match=r"the mapping has the fields train, test; one of input_ids"):
             read({"train": [[1]], "test": [[2]]}, tmp_path)
-
-    def test_an_address_is_no_directory(self, tmp_path):
-        for call in (
-            lambda: dump(TinyModel(), tokens(2), "s3://bucket/run", HOOKS),
-            lambda: open_dump("s3://bucket/run"),
-        ):
-            with pytest.raises(ValueError, match="s3://bucket/run is an address, and a dump lies in a directory"):
-                call()
 
     @pytest.mark.parametrize(
         ("source", "error", "message"),

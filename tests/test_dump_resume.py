@@ -19,7 +19,7 @@ from dump_models import ARGUMENTS, CONTEXT, HOOKS, N_SEQUENCES, TinyModel, commi
 from pyfacts.capture import DENSE_ABOVE
 from pyfacts.dump import DumpError, DumpInterrupted, files, open_dump, shard_writer
 from pyfacts.dump.run import dump
-from pyfacts.dump.surroundings import disk_errors
+from pyfacts.dump.store import Directory
 from pyfacts.select import topk
 
 
@@ -127,7 +127,8 @@ def test_a_committed_shard_that_is_gone(undisturbed, tmp_path):
 
 class TestDisk:
     def test_a_full_disk_is_one_clear_error(self, tmp_path):
-        with pytest.raises(DumpError, match="out: cannot be written: the disk is full.*resumes"), disk_errors(tmp_path):
+        full = pytest.raises(DumpError, match="out: cannot be written: the disk is full.*resumes")
+        with full, Directory(tmp_path).write_errors():
             raise OSError(errno.ENOSPC, "No space left on device", "out")
 
     def test_a_disk_that_takes_no_more(self, undisturbed, tmp_path):
@@ -216,15 +217,15 @@ class TestWorkers:
             if method != "__init__":
                 resume(tmp_path)
                 return real(self, *args, **kwargs)
-            make = shard_writer.files.make_unique_directory
+            make = files.make_unique_directory
 
             def swept(*where):
                 directory = make(*where)
-                monkeypatch.setattr(shard_writer.files, "make_unique_directory", make)
+                monkeypatch.setattr(files, "make_unique_directory", make)
                 resume(tmp_path)
                 return directory
 
-            monkeypatch.setattr(shard_writer.files, "make_unique_directory", swept)
+            monkeypatch.setattr(files, "make_unique_directory", swept)
             return real(self, *args, **kwargs)
 
         monkeypatch.setattr(shard_writer.ShardWriter, method, late)

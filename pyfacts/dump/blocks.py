@@ -1,7 +1,6 @@
 """From what the model's hooks gave to the blocks of a shard: torch ends here."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from ..encoding import EncodedActivations, _sq_norm
 from . import layout
 from .plan import Plan
 from .shard_writer import ShardWriter
-from .surroundings import disk_errors
+from .store import Store
 
 
 def is_full(plan: Plan, parts: Mapping[str, list[Any]], n_tokens: int) -> bool:
@@ -30,9 +29,9 @@ def is_full(plan: Plan, parts: Mapping[str, list[Any]], n_tokens: int) -> bool:
     )
 
 
-def write_block(root: Path, writer: ShardWriter, plan: Plan, parts: Mapping[str, list[Any]]) -> None:
+def write_block(store: Store, writer: ShardWriter, plan: Plan, parts: Mapping[str, list[Any]]) -> None:
     """Writes one block of every hook, from what consecutive batches gave: encodings, or rows [n, width]."""
-    with disk_errors(root):
+    with store.write_errors():
         for hook in plan.hooks:
             if hook.kind == "neurons":
                 encodings = [storage_encoding(part) for part in parts[hook.name]]

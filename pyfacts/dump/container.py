@@ -13,9 +13,7 @@ because it maps single columns of a tensor and checks more.
 
 import json
 import math
-import mmap
 import os
-import stat
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -26,6 +24,7 @@ import numpy as np
 import xxhash
 
 from .errors import DumpError
+from .store import Source
 
 ALIGNMENT = 8
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
@@ -134,41 +133,33 @@ class TensorWriter:
 
 
 class TensorFile:
-    """A mapped safetensors file whose header has been checked.
+    """A safetensors file whose header has been checked.
 
     Args:
-        path: the file.
-        root: a directory that the file must not leave, through symbolic links either.
+        source: its bytes.
         n_bytes: the size that the file must have, or None.
         header_xxh3: the hex digest that its header must have, or None.
 
     Raises:
-        DumpError: the file is missing, is no regular file, or its header breaks a rule.
+        DumpError: its size is another, or its header breaks a rule.
     """
 
-    def __init__(self, path: Path, root: Path, n_bytes: int | None = None, header_xxh3: str | None = None) -> None:
-        self.path = path
-        fd = open_inside(path, root)
-        try:
-            self.n_bytes = os.fstat(fd).st_size
-            if n_bytes is not None and self.n_bytes != n_bytes:
-                raise DumpError(f"the file has {self.n_bytes} bytes, its commit record says {n_bytes}", path=path)
-            if self.n_bytes < 8:
-                raise DumpError(f"the file has {self.n_bytes} bytes, too few for a safetensors header", path=path)
-            self._map = mmap.mmap(fd, self.n_bytes, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
-            raise DumpError(f"cannot be mapped: {error}", path=path) from error
-        finally:
-            os.close(fd)
-        self._view = memoryview(self._map)
-        (header_bytes,) = struct.unpack("<Q", self._view[:8])
+    def __init__(self, source: Source, n_bytes: int | None = None, header_xxh3: str | None = None) -> None:
+        self._source, self.path, self.n_bytes = source, source.path, source.n_bytes
+        if n_bytes is not None and self.n_bytes != n_bytes:
+            raise DumpError(f"the file has {self.n_bytes} bytes, its commit record says {n_bytes}", path=self.path)
+        if self.n_bytes < 8:
+            raise DumpError(f"the file has {self.n_bytes} bytes, too few for a safetensors header", path=self.path)
+        (header_bytes,) = struct.unpack("<Q", source.read(0, 8))
         if header_bytes > min(self.n_bytes - 8, MAX_HEADER_BYTES):
-            raise DumpError(f"the header claims {header_bytes} bytes of a file of {self.n_bytes}", path=path, offset=0)
+            raise DumpError(
+                f"the header claims {header_bytes} bytes of a file of {self.n_bytes}", path=self.path, offset=0
+            )
         self._data_start = 8 + header_bytes
-        head = bytes(self._view[: self._data_start])
+        head = bytes(source.read(0, self._data_start))
         if header_xxh3 is not None and xxhash.xxh3_64_hexdigest(head) != header_xxh3:
-            raise DumpError("the header's checksum differs from its commit record", path=path, offset=0)
-        self.tensors, self.metadata = _parse_header(head[8:], self.n_bytes - self._data_start, path)
+            raise DumpError("the header's checksum differs from its commit record", path=self.path, offset=0)
+        self.tensors, self.metadata = _parse_header(head[8:], self.n_bytes - self._data_start, self.path)
 
     def info(self, name: str, dtype: str, shape: tuple[int | None, ...]) -> TensorInfo:
         """Returns a tensor's place after checking its dtype and shape (None: any size)."""
@@ -190,15 +181,13 @@ class TensorFile:
         return self._data_start + self.tensors[name].begin + byte
 
     def bytes(self, name: str, begin: int = 0, end: int | None = None) -> memoryview:
-        """Returns bytes [begin, end) of a tensor, mapped; the caller has checked the range."""
-        if self._map.size() < self.n_bytes:  # reading beyond the end of a mapped file kills the process
-            raise DumpError(f"the file was cut from {self.n_bytes} to {self._map.size()} bytes", path=self.path)
+        """Returns bytes [begin, end) of a tensor; the caller has checked the range."""
         info = self.tensors[name]
         start = self._data_start + info.begin
         stop = info.nbytes if end is None else end
         if not 0 <= begin <= stop <= info.nbytes:
             raise DumpError(f"bytes {begin}:{stop} of {info.nbytes} were asked for", path=self.path, tensor=name)
-        return self._view[start + begin : start + stop]
+        return self._source.read(start + begin, start + stop)
 
     def check_padding(self) -> None:
         """Reads every `padding` tensor, which nothing else does: DumpError unless it is 0 to 7 zeros."""
@@ -219,28 +208,7 @@ class TensorFile:
         return np.frombuffer(self.bytes(name), NUMPY_DTYPES[dtype]).reshape(info.shape).copy()
 
 
-def open_inside(path: Path, root: Path) -> int:
-    """Opens a regular file for reading that lies below `root`, links resolved. Returns a file descriptor.
-
-    Raises:
-        DumpError: it is missing, lies elsewhere, or is not a regular file.
-    """
-    try:
-        real = os.path.realpath(path, strict=True)
-        if os.path.commonpath([real, os.path.realpath(root)]) != os.path.realpath(root):
-            raise DumpError(f"leads out of the dump, to {real}", path=path)
-        fd = os.open(real, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would block for ever
-    except OSError as error:
-        raise DumpError(f"cannot be opened: {error.strerror}", path=path) from error
-    except ValueError as error:
-        raise DumpError(f"cannot be opened: {error}", path=path) from error
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise DumpError("is not a regular file", path=path)
-    return fd
-
-
-def parse_json(data: bytes, path: Path) -> dict[str, Any]:
+def parse_json(data: bytes, path: str) -> dict[str, Any]:
     """Parses a JSON object strictly: UTF-8, no duplicate keys, no NaN, no bottomless nesting; else DumpError."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -266,7 +234,7 @@ def is_size(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
-def _parse_header(data: bytes, data_bytes: int, path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def _parse_header(data: bytes, data_bytes: int, path: str) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Checks a header the way the safetensors library does, and that typed tensors are aligned."""
     if not data.startswith(b"{"):
         raise DumpError("the header does not begin with '{'", path=path, offset=8)

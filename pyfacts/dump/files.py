@@ -15,16 +15,6 @@ from pathlib import Path
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EINVAL}
 
 
-def local_path(path: str | os.PathLike[str]) -> Path:
-    """The path as one of a mounted file system; ValueError for an address (`s3://...`), which would become a name."""
-    if "://" in os.fspath(path):
-        raise ValueError(
-            f"{os.fspath(path)} is an address, and a dump lies in a directory: write it to a local disk and copy it "
-            "when it is complete, or mount the store"
-        )
-    return Path(path)
-
-
 def unique_name(prefix: str) -> str:
     """Returns `prefix` and 12 random hexadecimal digits."""
     return f"{prefix}-{secrets.token_hex(6)}"

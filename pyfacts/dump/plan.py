@@ -5,25 +5,23 @@ leaves the directory out, whose unique name is the only thing in which two dumps
 """
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import quote
 
 import xxhash
 
 from . import layout
-from .container import is_size, open_inside, parse_json
+from .container import is_size, parse_json
 from .errors import DumpError
 from .layout import HookSpec
+from .store import Store
 
 PLAN_FILE = "dump.json"
-MAX_JSON_BYTES = 1 << 30
 # Recorded, but no reason to refuse a resume: a renamed model directory or another version of this package.
 _NOT_COMPARED = {"created_with", "xxh3", "model.name", "tokens.tokenizer"}
 _DIGEST = re.compile("[0-9a-f]{16}")
@@ -100,13 +98,9 @@ class Plan:
         return to_json(self.to_dict())
 
     @staticmethod
-    def from_file(path: Path) -> "Plan":
+    def read(store: Store) -> "Plan":
         """Reads and checks dump.json; DumpError names what is wrong."""
-        value = _read(path, path.parent)
-
-        def fail(what: str) -> NoReturn:
-            raise DumpError(what, path=path)
-
+        value, fail = _parse(store.read(PLAN_FILE), store.where(PLAN_FILE))
         if value.get("format") != "pyfacts-dump":
             fail(f"'format' is {value.get('format')!r}, expected 'pyfacts-dump'")
         if value.get("version") != layout.FORMAT_VERSION:
@@ -205,13 +199,16 @@ class ShardRecord:
         return to_json(value | {"xxh3": _digest(value)})
 
     @staticmethod
-    def from_file(path: Path, plan: Plan, shard: int) -> "ShardRecord":
-        """Reads a commit record and checks it against the plan; DumpError names what is wrong."""
-        value = _read(path, path.parent)
+    def read_all(store: Store, plan: Plan) -> "dict[int, ShardRecord]":
+        """Reads the commit records that are there, by shard; DumpError names what is wrong."""
+        present = store.names()
+        names = {name: shard for shard in range(plan.n_shards) if (name := record_name(shard)) in present}
+        found = store.read_all(list(names))
+        return {names[name]: ShardRecord._read(data, store.where(name), plan, names[name]) for name, data in found}
 
-        def fail(what: str) -> NoReturn:
-            raise DumpError(what, path=path)
-
+    @staticmethod
+    def _read(data: bytes, path: str, plan: Plan, shard: int) -> "ShardRecord":
+        value, fail = _parse(data, path)
         if value.get("format") != "pyfacts-shard" or value.get("version") != layout.FORMAT_VERSION:
             fail(f"is no shard record of version {layout.FORMAT_VERSION}")
         _check_keys(value, _RECORD_TYPES, fail)
@@ -245,8 +242,8 @@ def shard_name(shard: int) -> str:
     return f"{shard:05d}"
 
 
-def record_path(root: Path, shard: int) -> Path:
-    return root / f"{shard_name(shard)}.json"
+def record_name(shard: int) -> str:
+    return f"{shard_name(shard)}.json"
 
 
 def hook_file_name(hook: str) -> str:
@@ -257,16 +254,16 @@ def hook_file_name(hook: str) -> str:
     return f"{name}.safetensors"
 
 
-def check_same(existing: Plan, wanted: Plan, path: Path) -> None:
-    """Raises DumpError, naming the first field that differs, if the directory holds another dump."""
+def check_same(existing: Plan, wanted: Plan, store: Store) -> None:
+    """Raises DumpError, naming the first field that differs, if the store holds another dump."""
     if difference := wanted.difference(existing):
         name, mine, theirs = difference
-        empty = not any(os.path.lexists(record_path(path.parent, shard)) for shard in range(existing.n_shards))
+        empty = store.names().isdisjoint(map(record_name, range(existing.n_shards)))
         raise DumpError(
             f"the directory holds another dump: {name} is {theirs!r:.200} there and {mine!r:.200} here; dump into "
             "another directory, or with the same model, tokens and arguments to resume"
             + (". It has no committed shard yet: if nobody is writing it, delete it and start anew" if empty else ""),
-            path=path,
+            path=store.where(PLAN_FILE),
         )
 
 
@@ -321,16 +318,13 @@ def _check_keys(value: dict[str, Any], types: dict[str, tuple[type, ...]], fail:
             fail(f"{key!r} must be a JSON value of type {names}, got {value.get(key)!r:.80}")
 
 
-def _read(path: Path, root: Path) -> dict[str, Any]:
-    fd = open_inside(path, root)
-    try:
-        with open(fd, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > MAX_JSON_BYTES:
-                raise DumpError(f"has {size} bytes, more than any plan or record", path=path)
-            return parse_json(file.read(size), path)
-    except OSError as error:
-        raise DumpError(f"cannot be read: {error}", path=path) from error
+def _parse(data: bytes, path: str) -> tuple[dict[str, Any], Callable[[str], NoReturn]]:
+    """A JSON object of the dump, and what raises its errors."""
+
+    def fail(what: str) -> NoReturn:
+        raise DumpError(what, path=path)
+
+    return parse_json(data, path), fail
 
 
 def _parse_hook(entry: Any, fail: Callable[[str], NoReturn]) -> HookSpec:

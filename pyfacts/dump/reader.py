@@ -8,7 +8,6 @@ import difflib
 import heapq
 import os
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,12 +19,12 @@ from . import shuffle
 from .arrays import BITS, FRAMEWORKS, numpy_framework
 from .cache import Cache
 from .errors import DumpError
-from .files import local_path
 from .layout import COLUMN_WIDTH, HookSpec
-from .plan import PLAN_FILE, Plan, ShardRecord, record_path
+from .plan import PLAN_FILE, Plan, ShardRecord
 from .results import Context, FeatureStats, VerifyReport
 from .shard_reader import HookFile, TokensFile, block_starts, verify_hook_file
 from .statistics import new_statistics
+from .store import Store, open_store
 
 OPEN_FILES = 64
 CACHED_BYTES = 128 << 20  # decoded blocks that are kept
@@ -35,7 +34,7 @@ def open_dump(path: str | os.PathLike[str], framework: str = "torch") -> "Dump":
     """Opens a dump.
 
     Args:
-        path: the directory that `pyfacts.dump` wrote.
+        path: the directory or address that `pyfacts.dump` wrote.
         framework: "torch", or "numpy", which needs no torch: encodings come as `NumpyActivations`, and bfloat16 values
             as float32.
 
@@ -49,7 +48,7 @@ def open_dump(path: str | os.PathLike[str], framework: str = "torch") -> "Dump":
     """
     if framework not in FRAMEWORKS:
         raise ValueError(f"framework must be one of {', '.join(map(repr, FRAMEWORKS))}, got {framework!r}")
-    return Dump(local_path(path), framework)
+    return Dump(open_store(path), framework)
 
 
 class Dump:
@@ -64,19 +63,13 @@ class Dump:
         positions: int64 [n_tokens, 2], (document, position), likewise.
     """
 
-    def __init__(self, root: Path, framework: str) -> None:
-        if not (root / PLAN_FILE).exists():
-            raise DumpError(
-                f"is no dump: it has no {PLAN_FILE}" if root.exists() else "is no dump: it does not exist", path=root
-            )
-        self.path = root
+    def __init__(self, store: Store, framework: str) -> None:
+        if not store.exists(PLAN_FILE):
+            raise DumpError(f"is no dump: there is no {PLAN_FILE}", path=store.address)
+        self._store, self.path = store, store.address
         self.framework, self._framework_name = FRAMEWORKS[framework](), framework
-        self._plan = Plan.from_file(root / PLAN_FILE)
-        self._records: dict[int, ShardRecord] = {}
-        for shard in range(self._plan.n_shards):
-            path = record_path(root, shard)
-            if os.path.lexists(path):
-                self._records[shard] = ShardRecord.from_file(path, self._plan, shard)
+        self._plan = Plan.read(store)
+        self._records = ShardRecord.read_all(store, self._plan)
         self._hooks = {spec.name: DumpedHook(self, spec) for spec in self._plan.hooks}
         self._token_files: Cache[int, TokensFile] = Cache(OPEN_FILES, lambda _: 1)
         self._tokens: Cache[int, tuple[np.ndarray, ...]] = Cache(CACHED_BYTES, lambda t: sum(a.nbytes for a in t))
@@ -221,9 +214,9 @@ class Dump:
             DumpError: at the first fault, naming file, tensor and offset.
         """
         for record in self._records.values():
-            TokensFile(self.path, record).read()
+            TokensFile(self._store, record).read()
             for spec in self._plan.hooks:
-                verify_hook_file(HookFile(self.path, self._plan, record, spec), record.nnz.get(spec.name, 0))
+                verify_hook_file(HookFile(self._store, self._plan, record, spec), record.nnz.get(spec.name, 0))
         return VerifyReport(
             complete=self.complete,
             n_shards=len(self._records),
@@ -257,12 +250,12 @@ class Dump:
         return self._tokens.get(shard, lambda: self._tokens_file(shard).read())
 
     def _tokens_file(self, shard: int) -> TokensFile:
-        return self._token_files.get(shard, lambda: TokensFile(self.path, self._records[shard]))
+        return self._token_files.get(shard, lambda: TokensFile(self._store, self._records[shard]))
 
     def _hook_file(self, shard: int, spec: HookSpec) -> HookFile:
         self._tokens_file(shard)  # proves that the record's tokens exist before anything is allocated for them
         return self._hook_files.get(
-            (shard, spec.name), lambda: HookFile(self.path, self._plan, self._records[shard], spec)
+            (shard, spec.name), lambda: HookFile(self._store, self._plan, self._records[shard], spec)
         )
 
     def _read_tokens(self, start: int, stop: int) -> tuple[np.ndarray, ...]:

@@ -1,10 +1,10 @@
 """`pyfacts.dump`: runs a model over tokens and writes what its hooks carry, shard by shard, resumable at any point."""
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from ..capture import DENSE_ABOVE
 from ..encoding import EncodedActivations, human_bytes
 from ..integers import at_least_one
 from ..stream import ActivationStream, check_neurons_to_select, check_select
-from . import files, layout
+from . import layout
 from .arguments import (
     check_lengths,
     check_vocabulary,
@@ -34,10 +34,11 @@ from .errors import DumpError
 from .fingerprint import describe_model, describe_sae, plain
 from .inputs import Batch, Survey, Tokens, read_tokens
 from .layout import HookSpec
-from .plan import PLAN_FILE, Plan, ShardRecord, check_same, record_path, shard_name
+from .plan import PLAN_FILE, Plan, ShardRecord, check_same, record_name, shard_name
 from .reader import Dump, open_dump
 from .shard_writer import ShardWriter, WriterThread
-from .surroundings import Signals, caught_signals, disk_errors, evaluating, made_directory
+from .store import Store, open_store
+from .surroundings import Signals, caught_signals, evaluating
 
 _Captured = tuple[Batch, dict[str, Any]]
 
@@ -79,10 +80,10 @@ def dump(
     tokenizer: Any = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Dump:
-    """Runs `model` over `tokens` and writes the activations of its hooks to the directory `out`.
+    """Runs `model` over `tokens` and writes the activations of its hooks to `out`.
 
     Call it again with the same arguments to resume: shards that are committed are not computed again, and the bytes of
-    all shards are those of an undisturbed dump. Several processes may dump into one directory at once; each takes the
+    all shards are those of an undisturbed dump. Several processes may dump into one place at once; each takes the
     shards of its rank and then helps with what is left.
 
     Args:
@@ -93,7 +94,8 @@ def dump(
             tokenizer returned (padding is dropped by its attention mask); a list of lists; a Hugging Face data set; or
             a path to .txt, .jsonl, .parquet, .npy or a saved data set. Each sequence is given to the model on its own,
             in batches padded on the right.
-        out: the directory.
+        out: a directory, or an address that fsspec knows (`s3://bucket/out`, with s3fs installed): then shards are
+            written to a temporary directory first (`TMPDIR`), and uploaded when they are whole.
         names_filter: the hooks, as in `pyfacts.capture`; None for every MLP's neurons or, with `saes`, no hook but
             their latents.
         select: what to keep of neurons, such as `pyfacts.topk(64)`; None for every value that is not zero.
@@ -134,11 +136,11 @@ def dump(
     module, name = load_model(model)
     points, latents = dumped_points(module, names_filter, saes)
     check_neurons_to_select(select, points)
-    root = files.local_path(out)
-    with made_directory(root):
+    store = open_store(out)
+    with store.writing():
         source = read_tokens(
             tokens,
-            root,
+            store.spool,
             load_tokenizer=functools.cache(lambda: load_tokenizer(tokenizer, module, name)),
             context_size=context_size,
             default_context_size=default_context(module),
@@ -173,8 +175,8 @@ def dump(
             caught_signals() as signals,
             ActivationStream(module, points, select=select, stop_early=True, saes=latents) as stream,
         ):
-            _Run(root, plan, source, stream, allow_dense, progress, signals).run(rank, world_size)
-    return open_dump(root)
+            _Run(store, plan, source, stream, allow_dense, progress, signals).run(rank, world_size)
+    return open_dump(out)
 
 
 class _Run:
@@ -182,7 +184,7 @@ class _Run:
 
     def __init__(
         self,
-        root: Path,
+        store: Store,
         plan: Plan,
         tokens: Tokens,
         stream: ActivationStream,
@@ -190,19 +192,20 @@ class _Run:
         progress: Callable[[Progress], None] | None,
         signals: Signals,
     ) -> None:
-        self._root, self._plan, self._tokens, self._stream = root, plan, tokens, stream
+        self._store, self._plan, self._tokens, self._stream = store, plan, tokens, stream
         self._allow_dense, self._progress, self._signals = allow_dense, progress, signals
         self._probed: tuple[int, _Captured] | None = None  # the first batch, by its first sequence
         self._projection = (0, 0)
         self._tokens_done = self._tokens_resumed = self._shards_done = 0
 
     def run(self, rank: int, world_size: int) -> None:
-        with disk_errors(self._root):
-            self._use_links = files.has_hard_links(self._root)
+        with self._store.write_errors():
             existing = self._read_plan()
+            names = self._store.names()
+            self._sweeps = self._store.creates_once
         if existing is not None:
             self._plan = existing
-        todo = [shard for shard in range(self._plan.n_shards) if not self._committed(shard)]
+        todo = [shard for shard in range(self._plan.n_shards) if record_name(shard) not in names]
         others = [shard for r in range(world_size) if r != rank for shard in reversed(todo[r::world_size])]
         todo = todo[rank::world_size] + others
         self._shards_done = self._plan.n_shards - len(todo)
@@ -225,18 +228,15 @@ class _Run:
     # ---- the plan ----------------------------------------------------------------------------------------------------
 
     def _read_plan(self) -> Plan | None:
-        path = self._root / PLAN_FILE
-        if not path.exists():
+        if not self._store.exists(PLAN_FILE):
             return None
-        existing = Plan.from_file(path)
-        check_same(existing, self._plan, path)
+        existing = Plan.read(self._store)
+        check_same(existing, self._plan, self._store)
         return existing
 
     def _write_plan(self) -> None:
-        with disk_errors(self._root):
-            draft = self._root / files.unique_name(f".{PLAN_FILE}")
-            files.write_durably(draft, self._plan.to_json())
-            files.put_if_absent(draft, self._root / PLAN_FILE, use_links=self._use_links)
+        with self._store.write_errors():
+            self._store.create(PLAN_FILE, self._plan.to_json())
             plan = self._read_plan()
         assert plan is not None
         self._plan = plan
@@ -256,7 +256,7 @@ class _Run:
         packed = sum(part.nbytes for part in parts.values())
         dense = sum(hook.width * hook.item_bytes for hook in hooks)
         self._projection = packed * self._plan.n_tokens // n_tokens, dense * self._plan.n_tokens
-        if not (self._root / PLAN_FILE).exists() and self._plan.select is None and not self._allow_dense:
+        if not self._store.exists(PLAN_FILE) and self._plan.select is None and not self._allow_dense:
             _refuse_dense(parts, self._plan.n_tokens)
 
     # ---- shards ------------------------------------------------------------------------------------------------------
@@ -264,9 +264,9 @@ class _Run:
     def _write_shard(self, shard: int) -> None:
         plan = self._plan
         done = self._tokens_done
-        with disk_errors(self._root):
+        with self._store.write_errors():
             try:
-                writer = ShardWriter(self._root, plan, shard)
+                writer = ShardWriter(self._store, plan, shard)
             except FileNotFoundError:
                 if not self._committed(shard):
                     raise
@@ -290,22 +290,23 @@ class _Run:
                 self._tokens_done += len(batch.document)
                 self._report()
                 if is_full(plan, pending, waiting):
-                    thread.submit(functools.partial(write_block, self._root, writer, plan, pending))
+                    thread.submit(functools.partial(write_block, self._store, writer, plan, pending))
                     pending, waiting = {hook.name: [] for hook in plan.hooks}, 0
-                if self._committed(shard):  # somebody helped
-                    thread.wait()
-                    writer.abandon()
-                    self._tokens_done = done + self._shard_tokens(shard)
-                    return
+                    if self._committed(shard):  # somebody helped
+                        thread.wait()
+                        writer.abandon()
+                        self._tokens_done = done + self._shard_tokens(shard)
+                        return
             if waiting:
-                thread.submit(functools.partial(write_block, self._root, writer, plan, pending))
+                thread.submit(functools.partial(write_block, self._store, writer, plan, pending))
             thread.wait()
-            with disk_errors(self._root):
-                writer.commit(use_links=self._use_links)
+            with self._store.write_errors():
+                writer.commit()
         except BaseException:
             thread.close()
-            if not self._committed(shard):
-                writer.abandon()
+            with contextlib.suppress(DumpError):  # the store may be what failed
+                if not self._committed(shard):
+                    writer.abandon()
             raise
         finally:
             thread.close()
@@ -332,7 +333,7 @@ class _Run:
         return batch, {name: part.cpu() for name, part in parts.items()}
 
     def _committed(self, shard: int) -> bool:
-        return record_path(self._root, shard).exists()
+        return self._store.exists(record_name(shard))
 
     def _shard_tokens(self, shard: int) -> int:
         return self._plan.token_starts[shard + 1] - self._plan.token_starts[shard]
@@ -357,30 +358,21 @@ class _Run:
         be too, but that worker has lost and finds out when its files are gone. Without hard links two attempts can both
         become the record for a moment, so there nothing is removed.
         """
-        if not self._use_links:
+        if not self._sweeps:
             return
-        for shard in range(self._plan.n_shards):
-            if not self._committed(shard):
-                continue
-            path = record_path(self._root, shard)
-            record = ShardRecord.from_file(path, self._plan, shard)
-            if not (self._root / record.directory).is_dir():
+        records, committed = ShardRecord.read_all(self._store, self._plan), {}
+        names = self._store.names()
+        for shard, record in records.items():
+            if record.directory not in names:
                 raise DumpError(
                     f"shard {shard} was committed, and its directory {record.directory} is gone: delete this record, "
                     "and dump again to compute it anew",
-                    path=path,
+                    path=self._store.where(record_name(shard)),
                 )
             kept = {record.tokens_file.file, *(file.file for file in record.hook_files.values())}
-            for path in self._root.glob(f"{shard_name(shard)}-*"):
-                if path.name != record.directory:
-                    files.remove_tree(path)
-                    continue
-                for file in path.iterdir():
-                    if file.name not in kept:
-                        file.unlink(missing_ok=True)
-        for pattern in (f".{PLAN_FILE}-*", ".probe-*"):
-            for path in self._root.glob(pattern):
-                path.unlink(missing_ok=True)
+            committed[shard_name(shard)] = record.directory, kept
+        with self._store.write_errors():
+            self._store.sweep(committed)
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------

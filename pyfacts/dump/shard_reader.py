@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
-from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
@@ -17,6 +16,7 @@ from .errors import DumpError
 from .layout import PLANES, HookSpec, TensorSpec
 from .plan import Plan, ShardRecord
 from .statistics import column_digest, new_statistics
+from .store import Store
 
 
 class HookFile:
@@ -26,12 +26,12 @@ class HookFile:
         DumpError: the file or what was read of it is not what the format and the record say.
     """
 
-    def __init__(self, root: Path, plan: Plan, record: ShardRecord, hook: HookSpec) -> None:
+    def __init__(self, store: Store, plan: Plan, record: ShardRecord, hook: HookSpec) -> None:
         entry = record.hook_files[hook.name]
         self.hook, self.blocks = hook, record.blocks
         self._codec, self._signed_zero, self._lossy = codec_of(plan.codec), plan.signed_zero, plan.lossy
-        path = root / record.directory / entry.file
-        self._file = TensorFile(path, root, entry.bytes, entry.header_xxh3)
+        source = store.open(f"{record.directory}/{entry.file}")
+        self._file = TensorFile(source, entry.bytes, entry.header_xxh3)
         expected = layout.metadata(hook, list(record.blocks), plan.codec, plan.signed_zero, record.token_start)
         _check_contents(self._file, layout.hook_file(hook, list(record.blocks), plan.codec, plan.lossy), expected)
         self._pointers: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
@@ -216,10 +216,11 @@ class TokensFile:
     So a record cannot claim more tokens than there are bytes for, and what is allocated for them is bounded by files.
     """
 
-    def __init__(self, root: Path, record: ShardRecord) -> None:
-        path = root / record.directory / record.tokens_file.file
+    def __init__(self, store: Store, record: ShardRecord) -> None:
+        entry = record.tokens_file
+        source = store.open(f"{record.directory}/{entry.file}")
         self._n_tokens = n_tokens = record.n_tokens
-        self._file = TensorFile(path, root, record.tokens_file.bytes, record.tokens_file.header_xxh3)
+        self._file = TensorFile(source, entry.bytes, entry.header_xxh3)
         info = self._file.tensors.get("token_ids")
         self._id_dtype = "I64" if info is not None and info.dtype == "I64" else "I32"
         expected = layout.tokens_metadata(n_tokens, record.token_start)

@@ -13,8 +13,9 @@ from . import files, layout
 from .codec import Split, codec_of
 from .container import TensorWriter, header_room
 from .layout import HookSpec
-from .plan import FileRecord, Plan, ShardRecord, hook_file_name, record_path, shard_name
+from .plan import FileRecord, Plan, ShardRecord, hook_file_name, record_name, shard_name
 from .statistics import as_bytes, column_digest, digest_array, new_statistics
+from .store import Store
 
 
 class HookWriter:
@@ -133,9 +134,9 @@ class HookWriter:
 class ShardWriter:
     """One attempt at a shard, in a directory of its own that is nothing until `commit`."""
 
-    def __init__(self, root: Path, plan: Plan, shard: int) -> None:
-        self._root, self._plan, self.shard = root, plan, shard
-        self._directory = files.make_unique_directory(root, shard_name(shard))
+    def __init__(self, store: Store, plan: Plan, shard: int) -> None:
+        self._store, self._plan, self.shard = store, plan, shard
+        self._directory = store.new_directory(shard_name(shard))
         self._hooks: dict[str, HookWriter] = {}
         self._tokens: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         try:
@@ -153,19 +154,19 @@ class ShardWriter:
         """Appends captured tokens: int64 [n] each."""
         self._tokens.append((token_ids, document, position))
 
-    def commit(self, *, use_links: bool) -> bool:
+    def commit(self) -> bool:
         """Makes the shard a part of the dump. Returns False, and leaves nothing, if another worker was first."""
         try:
-            won = self._commit(use_links)
+            won = self._commit()
         except FileNotFoundError:
-            if not record_path(self._root, self.shard).exists():
+            if not self._store.exists(record_name(self.shard)):
                 raise
             won = False  # and the winner has swept our directory away
         if not won:
             self.abandon()
         return won
 
-    def _commit(self, use_links: bool) -> bool:
+    def _commit(self) -> bool:
         hook_files = {}
         for name, writer in self._hooks.items():
             n_bytes, digest = writer.finish()
@@ -186,11 +187,7 @@ class ShardWriter:
         )
         if record.n_tokens != self._plan.token_starts[self.shard + 1] - record.token_start:
             raise AssertionError(f"shard {self.shard} holds {record.n_tokens} tokens, the plan gives it others")
-        source = self._directory / "record.json"
-        files.write_durably(source, record.to_json())
-        files.fsync_directory(self._directory)
-        files.fsync_directory(self._root)
-        return files.put_if_absent(source, record_path(self._root, self.shard), use_links=use_links)
+        return self._store.commit(self._directory, record_name(self.shard), record.to_json())
 
     def abandon(self) -> None:
         """Removes the attempt."""

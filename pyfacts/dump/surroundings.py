@@ -1,20 +1,16 @@
-"""What surrounds a running dump: signals, the model's mode, the directory, and what the disk says."""
+"""What surrounds a running dump: signals, and the model's mode."""
 
 import contextlib
-import errno
 import os
 import signal
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from torch import nn
 
-from .errors import DumpError, DumpInterrupted
-
-_FULL = {errno.ENOSPC, errno.EDQUOT}
+from .errors import DumpInterrupted
 
 
 class Signals:
@@ -64,33 +60,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-@contextlib.contextmanager
-def made_directory(root: Path) -> Iterator[None]:
-    """Makes the directory; removes it again if the body fails with nothing in it."""
-    made = not root.exists()
-    if not (made or root.is_dir()):
-        raise DumpError("is a file, and a dump is a directory: give another name", path=root)
-    with disk_errors(root):
-        root.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException:
-        if made:
-            with contextlib.suppress(OSError):
-                root.rmdir()
-        raise
-
-
-@contextlib.contextmanager
-def disk_errors(root: Path) -> Iterator[None]:
-    """Turns what the disk says into a DumpError."""
-    try:
-        yield
-    except OSError as error:
-        reason = "the disk is full" if error.errno in _FULL else str(error)
-        raise DumpError(
-            f"cannot be written: {reason}. Shards that are committed are intact; the same call resumes",
-            path=error.filename or root,
-        ) from error

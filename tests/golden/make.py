@@ -17,6 +17,7 @@ from pyfacts.dump.blocks import storage_encoding
 from pyfacts.dump.layout import HookSpec
 from pyfacts.dump.plan import PLAN_FILE, Plan
 from pyfacts.dump.shard_writer import ShardWriter
+from pyfacts.dump.store import Directory
 
 BLOCKS = [(9, 11), (13,)]  # tokens of the blocks of each shard
 BLOCK_TOKENS = 8
@@ -77,7 +78,7 @@ def write(root: Path, codec: str) -> None:
     with mock.patch.object(layout, "BLOCK_TOKENS", BLOCK_TOKENS):  # several blocks of few tokens
         start = 0
         for shard, blocks in enumerate(BLOCKS):
-            writer = ShardWriter(root, the_plan, shard)
+            writer = ShardWriter(Directory(root), the_plan, shard)
             for n_tokens in blocks:
                 part = slice(start, start + n_tokens)
                 writer.add_tokens(ids[part], document[part], position[part])
@@ -90,7 +91,7 @@ def write(root: Path, codec: str) -> None:
                     encoding = storage_encoding(pyfacts.encode(x.view(getattr(torch, hook.dtype))))
                     writer[hook.name].add_encoding(encoding, norms(hook)[part] if the_plan.lossy else None)
                 start += n_tokens
-            writer.commit(use_links=True)
+            writer.commit()
 
 
 if __name__ == "__main__":
