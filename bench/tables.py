@@ -236,13 +236,14 @@ def reading(rows: Rows) -> Iterator[Line]:
     first, second = (f"{row['gb_per_s'] * 1e9 / 2**30:.1f} GiB/s" for row in rows.of_dtypes(op="read batches"))
     yield Line("shuffled dense batches of a dump, 3% dense, codec `zstd`", (first, second), aim="≥ 1 GiB/s")
     beside = "the dense matrix, memory-mapped, in the page cache"
-    for op, measure in (
-        ("batches", "the same"),
-        ("tokens", "ranges of 4,096 tokens of a dump, packed"),
-        ("far neurons", "64 neurons of a dump, each of another column, at 65,536 tokens"),
-        ("neighbouring neurons", "64 neurons of a dump, of one column, at 65,536 tokens"),
-    ):
-        yield faster(measure, rows.of_dtypes(op=f"read {op}"), beside)
+    yield faster("the same", rows.of_dtypes(op="read batches"), beside)
+    yield faster("ranges of 4,096 tokens of a dump, packed", rows.of_dtypes(op="read tokens"), beside)
+    for op, which in (("far neurons", "each of another column"), ("neighbouring neurons", "all of one column")):
+        first, second = (
+            f"{next(iter(row['peers'].values()))['ratio']:.2f}x ({row['ms'] / 64:.2g} ms each)"
+            for row in rows.of_dtypes(op=f"read {op}")
+        )
+        yield Line(f"64 neurons of a dump at 65,536 tokens, {which}", (first, second), beside)
 
 
 def added_bytes(dump: Row) -> int:

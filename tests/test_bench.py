@@ -56,6 +56,7 @@ def test_results_name_machine_peers_and_every_aim() -> None:
     assert "| MB it adds to resident memory, for 16,384 and 131,072 tokens | 10 and 11 | 10 and 11 |" in shown
     beside = "the dense matrix, memory-mapped, in the page cache"
     assert f"| ranges of 4,096 tokens of a dump, packed | 0.50x | 0.50x | 8.0 and 8.0 |  | {beside} |" in shown
+    assert f", all of one column | 0.50x (1.5 ms each) | 0.50x (1.5 ms each) |  |  | {beside} |" in shown
     sparse_linear = "| `sparse_linear` to 768, 1% of 16,384 neurons, two cores |"
     assert f"{sparse_linear} 10x | 40x |  | ≥ 5x | `linear` of the dense matrix |" in shown
     assert f"{sparse_linear}  | 4x |  | > 1x | `torch.sparse` CSR @ W_dec |" in shown
@@ -199,7 +200,7 @@ def made_up_rows():
             dump = {"op": "dump", "isa": "avx512", "dtype": dtype, "n_tokens": n_tokens}
             yield dump | {"gib_per_s": 2.5, "peak_bytes": peak, "before_bytes": 490e6}
         for op in ("batches", "tokens", "far neurons", "neighbouring neurons"):
-            yield timed(f"read {op}", {"memory-mapped dense matrix": 0.5}, dtype=dtype)
+            yield timed(f"read {op}", {"memory-mapped dense matrix": 0.5}, dtype=dtype, ms=96.0)
         yield {"op": "bound", "isa": "avx512", "dtype": dtype, "of_dense": 1.065}
     linear = {"density": 0.01, "shape": [4096, 16384]}
     up = {"shape": [2048, 3072], "d_in": 768}

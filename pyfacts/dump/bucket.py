@@ -15,6 +15,7 @@ from . import files
 from .errors import DumpError
 from .store import MAX_JSON_BYTES, Store, attempted_shard
 
+UPLOADS_AT_ONCE = 4  # a client may hold 100 MB of each in memory, of one large file 500 MB
 READ_AHEAD_BYTES = 1 << 18  # a block's pointers and digests are read with what stands beside them
 
 # Whose clients create a name by one conditional request. Others look first and then write.
@@ -114,12 +115,13 @@ class Bucket(Store):
     def commit(self, directory: Path, name: str, data: bytes) -> bool:
         if self.exists(name):
             return False
+        found = sorted(directory.iterdir())
+        uploaded = [self._path(f"{directory.name}/{file.name}") for file in found]
         with _as_os_error():
-            for file in sorted(directory.iterdir()):
-                self._fs.put_file(str(file), self._path(f"{directory.name}/{file.name}"))
+            self._fs.put(list(map(str, found)), uploaded, batch_size=UPLOADS_AT_ONCE)
         won = self.create(name, data)
         # Only now is it sure that no record will name what was uploaded; other failures leave that to `sweep`.
-        for path in [] if won else self._find(directory.name):
+        for path in [] if won else uploaded:
             self._remove(path)
         return won
 
