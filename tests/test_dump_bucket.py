@@ -128,7 +128,9 @@ def test_an_interrupted_dump_goes_on(address, local, tmp_path):
 @pytest.mark.parametrize("point", ["first batch", "mid shard", "before the headers"])
 def test_kill_9_then_resume(server, point, local, tmp_path):
     address = f"s3://dumps/killed {point}"
-    killed = subprocess.run([sys.executable, dump_models.__file__, address, point], capture_output=True, check=False)
+    command = [sys.executable, dump_models.__file__, address, point]
+    spool = {"TMPDIR": str(tmp_path)}  # where the killed process leaves its shard
+    killed = subprocess.run(command, capture_output=True, check=False, env=os.environ | spool)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     resume(address)
     assert stored(address, tmp_path / "copy") == committed_bytes(Path(local.path))
