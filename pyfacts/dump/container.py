@@ -1,4 +1,4 @@
-"""The safetensors container: a writer that streams, and a reader that maps and trusts nothing.
+"""The safetensors container: a writer that streams, and a reader that trusts nothing.
 
     u64 little-endian   header bytes, n
     n bytes             JSON {"name": {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {str: str}},
@@ -8,7 +8,7 @@
 The header's size is reserved when a file is begun and the header is written last, so that tensors of unknown sizes can
 stream. A `padding` tensor of zeros ends every group of tensors that is not a multiple of 8 bytes, since the format
 allows no gaps: so every typed tensor lies aligned. The `safetensors` library opens the files; this reader is separate
-because it maps single columns of a tensor and checks more.
+because it reads single columns of a tensor and checks more.
 """
 
 import json

@@ -20,7 +20,7 @@ from .store import Store
 
 
 class HookFile:
-    """A hook's file of a shard, mapped. Its header is checked when it is opened, the rest when it is read.
+    """A hook's file of a shard. Its header is checked when it is opened, the rest when it is read.
 
     Raises:
         DumpError: the file or what was read of it is not what the format and the record say.
@@ -38,7 +38,8 @@ class HookFile:
         self._statistics: tuple[np.ndarray, ...] | None = None
 
     def encoding(self, block: int) -> "_storage.Encoding":
-        """Returns a block, all columns, checked. With codec "none" its index and values are the mapped file."""
+        """Returns a block, all columns, checked. With codec "none" its index and values are the file's bytes, mapped
+        where it lies in a directory."""
         return self._columns(block, 0, self.hook.n_columns, self.hook.width)
 
     def column(self, block: int, column: int) -> "_storage.Encoding":
@@ -46,7 +47,7 @@ class HookFile:
         return self._columns(block, column, column + 1, self.hook.column_width(column))
 
     def rows(self, block: int) -> np.ndarray:
-        """Returns a block of plain rows [n_tokens, width], mapped or decompressed; bfloat16 as its bits."""
+        """Returns a block of plain rows [n_tokens, width]; bfloat16 as its bits."""
         name = f"{block}/rows"
         stored = self._file.bytes(name)
         self._check_digest(f"{name}_xxh3", name, column_digest([stored]))
@@ -211,7 +212,7 @@ class HookFile:
 
 
 class TokensFile:
-    """A shard's file of tokens, mapped. That it holds n_tokens is checked when it is opened, the rest when it is read.
+    """A shard's file of tokens. That it holds n_tokens is checked when it is opened, the rest when it is read.
 
     So a record cannot claim more tokens than there are bytes for, and what is allocated for them is bounded by files.
     """
