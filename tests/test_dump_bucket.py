@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import dump_models
@@ -111,6 +112,14 @@ def test_a_neuron_fetches_a_part_of_the_file(address, monkeypatch):
     monkeypatch.setattr(Bucket, "fetch", lambda *args: fetched.append(args[3] - args[2]) or fetch(*args))
     open_dump(address)[HOOKS[0]].neuron(5000)
     assert 0 < sum(fetched) < n_bytes / 4
+
+
+def test_one_shard_at_a_time_lies_in_the_temporary_directory(address, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    shards = []
+    resume(address, progress=lambda now: shards.append({path.name[:5] for path in tmp_path.glob("*/*")}))
+    assert set().union(*shards) == {"00000", "00001", "00002", "00003"} and max(map(len, shards)) == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_interrupted_dump_goes_on(address, local, tmp_path):

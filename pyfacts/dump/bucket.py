@@ -48,7 +48,7 @@ class Bucket(Store):
         return url_to_fs(self.address, use_listings_cache=False)[0]
 
     def names(self) -> set[str]:
-        with self._reading(""):
+        with self._reading():
             try:
                 found = self._fs.ls(self._root, detail=False)
             except FileNotFoundError:
@@ -65,7 +65,7 @@ class Bucket(Store):
 
     def read_all(self, names: Sequence[str]) -> Iterable[tuple[str, bytes]]:
         """Many at a time, where one after another would wait for each."""
-        with self._reading(""):
+        with self._reading():
             found = self._fs.cat_ranges([self._path(name) for name in names], 0, MAX_JSON_BYTES + 1, on_error="return")
         for name, data in zip(names, found, strict=True):
             if isinstance(data, Exception):
@@ -120,13 +120,17 @@ class Bucket(Store):
         with _as_os_error():
             self._fs.put(list(map(str, found)), uploaded, batch_size=UPLOADS_AT_ONCE)
         won = self.create(name, data)
-        # Only now is it sure that no record will name what was uploaded; other failures leave that to `sweep`.
-        for path in [] if won else uploaded:
-            self._remove(path)
+        files.remove_tree(directory)
+        if not won and self.creates_once:
+            # Only so is it sure that no record will name what was uploaded; other failures leave that to `sweep`.
+            for path in uploaded:
+                self._remove(path)
         return won
 
     def sweep(self, committed: Mapping[str, tuple[str, Collection[str]]]) -> None:
-        for path in self._find(""):
+        with _as_os_error():
+            paths = list(self._fs.find(self._root))
+        for path in paths:
             directory, _, file = path.removeprefix(f"{self._root}/").rpartition("/")
             shard = attempted_shard(directory)
             if shard in committed:
@@ -137,18 +141,14 @@ class Bucket(Store):
                 self._remove(path)
 
     def _path(self, name: str) -> str:
-        return f"{self._root}/{name}".rstrip("/")
-
-    def _find(self, name: str) -> list[str]:
-        with _as_os_error():
-            return list(self._fs.find(self._path(name)))
+        return f"{self._root}/{name}"
 
     def _remove(self, path: str) -> None:
         with contextlib.suppress(FileNotFoundError), _as_os_error():  # somebody else may have
             self._fs.rm_file(path)
 
     @contextlib.contextmanager
-    def _reading(self, name: str, offset: int | None = None) -> Iterator[None]:
+    def _reading(self, name: str = "", offset: int | None = None) -> Iterator[None]:
         try:
             with _as_os_error():
                 yield
