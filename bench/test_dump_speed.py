@@ -2,7 +2,7 @@
 
 The model here computes nothing: its forward hands the activations of 2,048 tokens, made beforehand in the shape of
 OPT-125M's twelve layers at 4 % density, to the hooked modules. So the time of a dump is that of pyfacts alone: hooks,
-encode, blocks, checksums, statistics, files, fsync. A process of its own is bound to one core, the thread that writes
+encode, blocks, checksums, statistics, files, fsync. A process of its own is bound to one core, the threads that write
 too, and tells its peak resident memory. Most dumps are slower than this: they wait for their model.
 
 As a script it is that process: `python test_dump_speed.py DTYPE N_TOKENS DIRECTORY` prints a row as JSON.

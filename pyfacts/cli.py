@@ -22,7 +22,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from . import Dump
     from .dump.reader import Context
-    from .dump.run import Progress as DumpProgress
+    from .dump.worker import Progress as DumpProgress
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 

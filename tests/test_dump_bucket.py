@@ -114,11 +114,11 @@ def test_a_neuron_fetches_a_part_of_the_file(address, monkeypatch):
     assert 0 < sum(fetched) < n_bytes / 4
 
 
-def test_one_shard_at_a_time_lies_in_the_temporary_directory(address, tmp_path, monkeypatch):
+def test_two_shards_at_most_lie_in_the_temporary_directory(address, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     shards = []
     resume(address, progress=lambda now: shards.append({path.name[:5] for path in tmp_path.glob("*/*")}))
-    assert set().union(*shards) == {"00000", "00001", "00002", "00003"} and max(map(len, shards)) == 1
+    assert set().union(*shards) == {"00000", "00001", "00002", "00003"} and max(map(len, shards)) <= 2
     assert not list(tmp_path.iterdir())
 
 

@@ -9,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import dump_models
@@ -17,7 +19,7 @@ import torch
 from dump_models import ARGUMENTS, CONTEXT, HOOKS, N_SEQUENCES, TinyModel, committed_bytes, hooked, one_thread, tokens  # noqa: F401
 
 from pyfacts.capture import DENSE_ABOVE
-from pyfacts.dump import DumpError, DumpInterrupted, files, open_dump, shard_writer
+from pyfacts.dump import DumpError, DumpInterrupted, arguments, files, open_dump, shard_writer, worker
 from pyfacts.dump.run import dump
 from pyfacts.dump.store import Directory
 from pyfacts.select import topk
@@ -183,6 +185,110 @@ class TestDisk:
             resume(tmp_path / "out")
 
 
+class TestBesideTheForwards:
+    """A shard is committed while the next one is computed, and the hooks of a block are written at the same time."""
+
+    FIRST = 5120  # tokens of the first shard
+
+    @pytest.fixture
+    def committing(self, monkeypatch):
+        """The first commit waits for this event, and raises what is put in its `error`."""
+        event = threading.Event()
+        event.error = None
+        commit = Directory.commit
+
+        def late(self, directory, name, data):
+            if name == "00000.json":
+                assert event.wait(60), "the shard after it did not begin"
+                if event.error:
+                    raise event.error
+            return commit(self, directory, name, data)
+
+        monkeypatch.setattr(Directory, "commit", late)
+        return event
+
+    def test_the_next_shard_does_not_wait(self, committing, undisturbed, tmp_path):
+        done = []
+
+        def progress(now):
+            if now.tokens_done > self.FIRST and not committing.is_set():
+                done.append(now.shards_done)
+                committing.set()
+
+        assert resume(tmp_path, progress=progress).complete
+        assert done == [0] and committed_bytes(tmp_path) == undisturbed
+
+    def test_a_commit_that_fails_stops_the_dump(self, committing, undisturbed, tmp_path):
+        committing.error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        model = TinyModel()
+
+        def progress(now):
+            if now.tokens_done > self.FIRST:
+                committing.set()
+
+        with pytest.raises(DumpError, match="the disk is full"):
+            dump(model, tokens(N_SEQUENCES), tmp_path, **ARGUMENTS, progress=progress)
+        assert model.forwards <= 2 * self.FIRST / 128  # no third shard
+        assert names(tmp_path) == ["dump.json"]
+        committing.error = None
+        resume(tmp_path)
+        assert committed_bytes(tmp_path) == undisturbed
+
+    @pytest.mark.parametrize("interrupt", ["SIGTERM", "KeyboardInterrupt"])
+    def test_an_interrupt_lets_the_commit_end(self, interrupt, committing, undisturbed, tmp_path):
+        def progress(now):
+            if now.tokens_done > self.FIRST:
+                threading.Timer(0.1, committing.set).start()
+                if interrupt == "KeyboardInterrupt":
+                    raise KeyboardInterrupt
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        expected = KeyboardInterrupt if interrupt == "KeyboardInterrupt" else DumpInterrupted
+        with pytest.raises(expected, match=None if expected is KeyboardInterrupt else "1 of 4 shards"):
+            resume(tmp_path, progress=progress)
+        assert len(names(tmp_path)) == 3 and open_dump(tmp_path).n_tokens_committed == self.FIRST
+        resume(tmp_path)
+        assert committed_bytes(tmp_path) == undisturbed
+
+    @pytest.mark.parametrize("n_threads", [1, 2, 7])
+    def test_the_number_of_cores_changes_no_byte(self, n_threads, undisturbed, tmp_path, monkeypatch):
+        monkeypatch.setattr(worker, "cores", lambda: n_threads)
+        resume(tmp_path)
+        assert committed_bytes(tmp_path) == undisturbed
+
+    def test_hooks_are_written_at_the_same_time(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(worker, "cores", lambda: 2)
+        both, add = threading.Barrier(2, timeout=60), shard_writer.HookWriter.add_encoding
+        monkeypatch.setattr(shard_writer.HookWriter, "add_encoding", lambda *args: both.wait() >= 0 and add(*args))
+        assert resume(tmp_path).complete
+
+    def test_one_hook_that_cannot_be_written(self, undisturbed, tmp_path, monkeypatch):
+        """The other is still being written when the error comes, and the attempt is removed after that."""
+        add = shard_writer.HookWriter.add_encoding
+
+        def fails(self, *args):
+            if self._hook.name == HOOKS[0]:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            time.sleep(0.2)
+            add(self, *args)
+
+        monkeypatch.setattr(worker, "cores", lambda: 2)
+        monkeypatch.setattr(shard_writer.HookWriter, "add_encoding", fails)
+        with pytest.raises(DumpError, match="Input/output error"):
+            resume(tmp_path)
+        assert names(tmp_path) == ["dump.json"]
+        monkeypatch.setattr(shard_writer.HookWriter, "add_encoding", add)
+        resume(tmp_path)
+        assert committed_bytes(tmp_path) == undisturbed
+
+    def test_cores_are_shared_with_torchruns_other_processes(self, monkeypatch):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)), raising=False)
+        for processes, expected in ((None, 12), ("8", 1), ("5", 2), ("1", 12), ("64", 1)):
+            if processes:
+                monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+            assert arguments.cores() == expected
+
+
 class TestWorkers:
     def test_a_shard_that_another_worker_commits_meanwhile(self, undisturbed, tmp_path):
         """The other worker finishes everything while this one is in its second shard."""
@@ -246,25 +352,24 @@ class TestWorkers:
         assert not list(tmp_path.iterdir())
 
     def test_ranks_from_the_environment(self, tmp_path, monkeypatch):
-        from pyfacts.dump.arguments import worker
-
-        assert worker(None, None) == (0, 1)
+        rank_of_process = arguments.rank_of_process
+        assert rank_of_process(None, None) == (0, 1)
         monkeypatch.setenv("SLURM_PROCID", "3")
         monkeypatch.setenv("SLURM_NTASKS", "4")
-        assert worker(None, None) == (3, 4)
+        assert rank_of_process(None, None) == (3, 4)
         array = {"ID": "7", "MIN": "5", "STEP": "2", "COUNT": "3"}
         for name, value in array.items():
             monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
-        assert worker(None, None) == (4 * 1 + 3, 4 * 3)
+        assert rank_of_process(None, None) == (4 * 1 + 3, 4 * 3)
         monkeypatch.setenv("SLURM_PROCID", "0")
         monkeypatch.setenv("SLURM_NTASKS", "1")
-        assert worker(None, None) == (1, 3)
+        assert rank_of_process(None, None) == (1, 3)
         monkeypatch.setenv("RANK", "1")
         monkeypatch.setenv("WORLD_SIZE", "2")
-        assert worker(None, None) == (1, 2)
+        assert rank_of_process(None, None) == (1, 2)
         monkeypatch.setenv("WORLD_SIZE", "two")
         with pytest.raises(ValueError, match="WORLD_SIZE must be an integer, got 'two'"):
-            worker(None, None)
+            rank_of_process(None, None)
         monkeypatch.setenv("WORLD_SIZE", "2")
         for rank, world_size in ((2, 2), (-1, 2), (0, None), (None, 2)):
             with pytest.raises(ValueError, match="world_size"):

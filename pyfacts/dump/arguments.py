@@ -155,7 +155,7 @@ def check_vocabulary(model: nn.Module, highest_id: int) -> None:
         )
 
 
-def worker(rank: int | None, world_size: int | None) -> tuple[int, int]:
+def rank_of_process(rank: int | None, world_size: int | None) -> tuple[int, int]:
     """This process's number and how many there are, from the arguments, torchrun or Slurm."""
     if rank is None and world_size is None:
         env = os.environ
@@ -173,6 +173,12 @@ def worker(rank: int | None, world_size: int | None) -> tuple[int, int]:
     if rank is None or world_size is None or not 0 <= rank < world_size:
         raise ValueError(f"rank and world_size go together, with 0 <= rank < world_size; got {rank} and {world_size}")
     return rank, world_size
+
+
+def cores() -> int:
+    """How many cores this process may use, beside others that torchrun has started on the machine."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, usable // max(1, _number_of("LOCAL_WORLD_SIZE", 1)))
 
 
 def model_inputs(

@@ -10,8 +10,9 @@ from torch import Tensor
 from .. import _storage
 from ..encoding import EncodedActivations, _sq_norm
 from . import layout
+from .layout import HookSpec
 from .plan import Plan
-from .shard_writer import ShardWriter
+from .shard_writer import HookWriter
 from .store import Store
 
 
@@ -29,20 +30,17 @@ def is_full(plan: Plan, parts: Mapping[str, list[Any]], n_tokens: int) -> bool:
     )
 
 
-def write_block(store: Store, writer: ShardWriter, plan: Plan, parts: Mapping[str, list[Any]]) -> None:
-    """Writes one block of every hook, from what consecutive batches gave: encodings, or rows [n, width]."""
+def write_hook(store: Store, writer: HookWriter, hook: HookSpec, lossy: bool, parts: list[Any]) -> None:
+    """Writes a hook's part of a block, from what consecutive batches gave: encodings, or rows [n, width]."""
     with store.write_errors():
-        for hook in plan.hooks:
-            if hook.kind == "neurons":
-                encodings = [storage_encoding(part) for part in parts[hook.name]]
-                encoding = encodings[0] if len(encodings) == 1 else _storage.cat(encodings)
-                sq_norm = None
-                if plan.lossy:
-                    sq_norm = torch.cat([_sq_norm(part) for part in parts[hook.name]]).cpu().numpy()
-                writer[hook.name].add_encoding(encoding, sq_norm)
-            else:
-                rows = torch.cat(parts[hook.name]).contiguous()
-                writer[hook.name].add_rows(value_bits(rows))
+        if hook.kind == "neurons":
+            encodings = [storage_encoding(part) for part in parts]
+            encoding = encodings[0] if len(encodings) == 1 else _storage.cat(encodings)
+            sq_norm = torch.cat([_sq_norm(part) for part in parts]).cpu().numpy() if lossy else None
+            writer.add_encoding(encoding, sq_norm)
+        else:
+            rows = torch.cat(parts).contiguous()
+            writer.add_rows(value_bits(rows))
 
 
 def storage_encoding(enc: EncodedActivations) -> "_storage.Encoding":

@@ -1,8 +1,5 @@
 """Writes one shard: a file per hook, a file of tokens, and at the end the record that makes them a part of the dump."""
 
-import queue
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -217,42 +214,6 @@ class ShardWriter:
         finally:
             file.close()
         return self._rename(layout.TOKENS_FILE, n_bytes, digest)
-
-
-class WriterThread:
-    """Runs jobs in order on one thread, so that writing overlaps the forward pass; at most `depth` wait.
-
-    A job's exception comes out of the next `submit` or `wait`, and the jobs after it do not run.
-    """
-
-    def __init__(self, depth: int = 1) -> None:
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="pyfacts-writer")
-        self._pending: queue.SimpleQueue[Future[None]] = queue.SimpleQueue()
-        self._depth = depth
-        self._failed = False
-
-    def submit(self, job: Callable[[], None]) -> None:
-        while self._pending.qsize() >= self._depth:
-            self._pending.get().result()
-        self._pending.put(self._pool.submit(self._run, job))
-
-    def wait(self) -> None:
-        """Waits for all jobs."""
-        while not self._pending.empty():
-            self._pending.get().result()
-
-    def close(self) -> None:
-        """Waits for the jobs that have begun or wait; errors were or will be someone else's."""
-        self._pool.shutdown(wait=True)
-
-    def _run(self, job: Callable[[], None]) -> None:
-        if self._failed:
-            return
-        try:
-            job()
-        except BaseException:
-            self._failed = True
-            raise
 
 
 def column_lengths(encoding: "_storage.Encoding", n_occupied: np.ndarray) -> np.ndarray:
