@@ -174,6 +174,11 @@ def planes(n_threads: int, isa: str = "") -> str:
 
 
 def test_the_number_of_threads_does_not_matter() -> None:
+    x, weight = torch.randn(600, 300), torch.randn(3000, 300)
+    product = torch.ops.mkldnn._linear_pointwise
+    some, all_ = (product(rows, weight, None, "none", [], "") for rows in (x[:100], x))
+    if not torch.equal(some, all_[:100]):
+        pytest.skip("this torch's own product of a row depends on how many there are (2.11 without AVX-512)")
     assert planes(1) == planes(3)
 
 

@@ -39,8 +39,7 @@ def write_hook(store: Store, writer: HookWriter, hook: HookSpec, lossy: bool, pa
             sq_norm = torch.cat([_sq_norm(part) for part in parts]).cpu().numpy() if lossy else None
             writer.add_encoding(encoding, sq_norm)
         else:
-            rows = torch.cat(parts).contiguous()
-            writer.add_rows(value_bits(rows))
+            writer.add_rows(np.concatenate([value_bits(part) for part in parts]))
 
 
 def storage_encoding(enc: EncodedActivations) -> "_storage.Encoding":

@@ -70,6 +70,7 @@ class Worker:
         self._committing: Future[None] | None = None  # the last shard
 
     def run(self, rank: int, world_size: int) -> None:
+        """Computes the shards of this rank, then helps with what is left."""
         with self._store.write_errors():
             existing = self._read_plan()
             names = self._store.names()
