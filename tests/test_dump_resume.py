@@ -339,6 +339,39 @@ class TestWorkers:
         assert resume(tmp_path, progress=seen.append).complete
         assert seen[-1].tokens_done == seen[-1].tokens_total and committed_bytes(tmp_path) == undisturbed
 
+    def test_a_worker_that_is_done_sweeps_between_our_link_and_unlink(self, undisturbed, tmp_path, monkeypatch):
+        """It sees our record, and takes its draft for a remnant. We have won nevertheless."""
+        link = os.link
+
+        def swept(source, target):
+            link(source, target)
+            if Path(target).name == "00003.json":
+                monkeypatch.setattr(os, "link", link)
+                assert resume(tmp_path).complete
+
+        monkeypatch.setattr(os, "link", swept)
+        assert resume(tmp_path).complete
+        assert committed_bytes(tmp_path) == undisturbed
+
+    def test_what_failed_in_a_shard_that_another_worker_commits(self, undisturbed, tmp_path, monkeypatch):
+        """Its error does not stop the next shard."""
+        add, helped = shard_writer.HookWriter.add_encoding, []
+
+        def fails(self, *args):
+            if helped and self._token_start == 0:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            add(self, *args)
+
+        def progress(now):
+            if now.tokens_done >= 4000 and not helped:
+                with pytest.raises(KeyboardInterrupt):
+                    resume(tmp_path, progress=raise_at(6000, KeyboardInterrupt))
+                helped.append(True)
+
+        monkeypatch.setattr(shard_writer.HookWriter, "add_encoding", fails)
+        assert resume(tmp_path, progress=progress).complete
+        assert helped and committed_bytes(tmp_path) == undisturbed
+
     def test_a_probe_that_is_swept_away(self, tmp_path, monkeypatch):
         link = os.link
 

@@ -80,7 +80,7 @@ def put_if_absent(source: Path, target: Path, *, use_links: bool) -> bool:
                 won = True
             except FileExistsError:
                 won = os.path.samestat(os.stat(source), os.stat(target))
-            source.unlink()
+            source.unlink(missing_ok=True)  # a worker that is done sweeps it away as soon as the link is there
         else:
             won = not target.exists()
             if won:

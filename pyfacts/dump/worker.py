@@ -192,6 +192,7 @@ class Worker:
 
     def _abandon(self, writer: ShardWriter) -> None:
         futures.wait(self._writing)
+        self._writing = []  # what could not be written is nobody's matter any more
         writer.abandon()
 
     # ---- beside the forwards: one block is written, hook by hook, and one shard committed ----------------------------
