@@ -122,6 +122,23 @@ def test_two_shards_at_most_lie_in_the_temporary_directory(address, tmp_path, mo
     assert not list(tmp_path.iterdir())
 
 
+def test_a_temporary_directory_that_was_cleaned(address, local, tmp_path, monkeypatch):
+    """What is gone cannot be committed."""
+    commit = Bucket.commit
+
+    def cleaned(self, directory, *args):
+        monkeypatch.setattr(Bucket, "commit", commit)
+        (directory / "tokens.safetensors").unlink()
+        return commit(self, directory, *args)
+
+    monkeypatch.setattr(Bucket, "commit", cleaned)
+    with pytest.raises(DumpError, match="No such file.*tokens.safetensors"):
+        resume(address)
+    assert open_dump(address).n_tokens_committed == 0
+    resume(address)
+    assert stored(address, tmp_path) == committed_bytes(Path(local.path))
+
+
 def test_an_interrupted_dump_goes_on(address, local, tmp_path):
     def progress(now):
         if now.tokens_done >= 7000:
@@ -167,10 +184,10 @@ def test_an_attempt_that_loses_removes_what_it_uploaded(address, local, tmp_path
     """Another worker commits the shard while this one uploads."""
     commit = Bucket.commit
 
-    def late(self, directory, name, data):
+    def late(self, directory, shard_files, name, data):
         monkeypatch.setattr(Bucket, "commit", commit)
         resume(address)
-        return commit(self, directory, name, data)
+        return commit(self, directory, shard_files, name, data)
 
     monkeypatch.setattr(Bucket, "commit", late)
     assert resume(address).complete

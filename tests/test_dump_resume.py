@@ -197,12 +197,12 @@ class TestBesideTheForwards:
         event.error = None
         commit = Directory.commit
 
-        def late(self, directory, name, data):
+        def late(self, directory, shard_files, name, data):
             if name == "00000.json":
                 assert event.wait(60), "the shard after it did not begin"
                 if event.error:
                     raise event.error
-            return commit(self, directory, name, data)
+            return commit(self, directory, shard_files, name, data)
 
         monkeypatch.setattr(Directory, "commit", late)
         return event
@@ -281,6 +281,21 @@ class TestBesideTheForwards:
         resume(tmp_path)
         assert committed_bytes(tmp_path) == undisturbed
 
+    def test_more_files_than_may_be_open_wait_for_the_commit(self, committing, undisturbed, tmp_path, monkeypatch):
+        opened = shard_writer.TensorWriter.__init__
+        failed = []
+
+        def limited(self, path, header_bytes):
+            if path.parent.name.startswith("00001") and not failed:
+                failed.append(path)
+                threading.Timer(0.1, committing.set).start()
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            opened(self, path, header_bytes)
+
+        monkeypatch.setattr(shard_writer.TensorWriter, "__init__", limited)
+        assert resume(tmp_path).complete
+        assert failed and committed_bytes(tmp_path) == undisturbed
+
     def test_cores_are_shared_with_torchruns_other_processes(self, monkeypatch):
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)), raising=False)
         for processes, expected in ((None, 12), ("8", 1), ("5", 2), ("1", 12), ("64", 1)):
@@ -339,8 +354,12 @@ class TestWorkers:
         assert resume(tmp_path, progress=seen.append).complete
         assert seen[-1].tokens_done == seen[-1].tokens_total and committed_bytes(tmp_path) == undisturbed
 
-    def test_a_worker_that_is_done_sweeps_between_our_link_and_unlink(self, undisturbed, tmp_path, monkeypatch):
-        """It sees our record, and takes its draft for a remnant. We have won nevertheless."""
+    @pytest.mark.parametrize("repeated", [False, True])
+    def test_a_worker_that_is_done_sweeps_between_our_link_and_unlink(
+        self, repeated, undisturbed, tmp_path, monkeypatch
+    ):
+        """It sees our record, and takes its draft for a remnant. We have won nevertheless, also where NFS has repeated
+        the link."""
         link = os.link
 
         def swept(source, target):
@@ -348,6 +367,8 @@ class TestWorkers:
             if Path(target).name == "00003.json":
                 monkeypatch.setattr(os, "link", link)
                 assert resume(tmp_path).complete
+                if repeated:
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
 
         monkeypatch.setattr(os, "link", swept)
         assert resume(tmp_path).complete

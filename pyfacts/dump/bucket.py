@@ -112,13 +112,13 @@ class Bucket(Store):
                     raise error from None
         return True
 
-    def commit(self, directory: Path, name: str, data: bytes) -> bool:
+    def commit(self, directory: Path, shard_files: Sequence[str], name: str, data: bytes) -> bool:
         if self.exists(name):
             return False
-        found = sorted(directory.iterdir())
-        uploaded = [self._path(f"{directory.name}/{file.name}") for file in found]
+        uploaded = [self._path(f"{directory.name}/{file}") for file in shard_files]
         with _as_os_error():
-            self._fs.put(list(map(str, found)), uploaded, batch_size=UPLOADS_AT_ONCE)
+            # By their names, not by what is found: somebody may have cleaned the temporary directory.
+            self._fs.put([str(directory / file) for file in shard_files], uploaded, batch_size=UPLOADS_AT_ONCE)
         won = self.create(name, data)
         files.remove_tree(directory)
         if not won and self.creates_once:

@@ -67,20 +67,22 @@ def put_if_absent(source: Path, target: Path, *, use_links: bool) -> bool:
     """Gives a durable file its final name unless somebody was first; `source` is gone afterwards.
 
     With hard links this is exact. A link that fails with EEXIST may still be ours, because NFS repeats a call whose
-    answer was lost: then both names are one inode. Without hard links two writers that find no target may both rename;
-    each candidate is whole, and the last one stands.
+    answer was lost: then both names are one inode. As soon as the link is there, a worker that is done may sweep
+    `source` away. Without hard links two writers that find no target may both rename; each candidate is whole, and the
+    last one stands.
 
     Returns:
         Whether `target` is now the file that was `source`.
     """
     try:
         if use_links:
+            ours = os.stat(source)
             try:
                 os.link(source, target)
                 won = True
             except FileExistsError:
-                won = os.path.samestat(os.stat(source), os.stat(target))
-            source.unlink(missing_ok=True)  # a worker that is done sweeps it away as soon as the link is there
+                won = os.path.samestat(ours, os.stat(target))
+            source.unlink(missing_ok=True)
         else:
             won = not target.exists()
             if won:

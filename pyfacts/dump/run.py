@@ -68,7 +68,8 @@ def dump(
             a path to .txt, .jsonl, .parquet, .npy or a saved data set. Each sequence is given to the model on its own,
             in batches padded on the right.
         out: a directory, or an address that fsspec knows (`s3://bucket/out`, with s3fs installed): then shards are
-            written to a temporary directory first (`TMPDIR`), and uploaded while the next one is computed.
+            written to a temporary directory first (`TMPDIR`, which needs room for two), and uploaded while the next one
+            is computed.
         names_filter: the hooks, as in `pyfacts.capture`; None for every MLP's neurons or, with `saes`, no hook but
             their latents.
         select: what to keep of neurons, such as `pyfacts.topk(64)`; None for every value that is not zero.
@@ -85,7 +86,8 @@ def dump(
         rank, world_size: this process's number and how many there are; by default those of torchrun or Slurm, or one.
         allow_dense: dump even if the neurons are mostly non-zero.
         tokenizer: for text; by default the one of the model's name or directory.
-        progress: called after every batch with a `Progress`; once, if all was committed before.
+        progress: called with a `Progress` after every batch, for every shard that another worker commits, and at the
+            end.
 
     Returns:
         The finished dump, opened.

@@ -184,7 +184,8 @@ class ShardWriter:
         )
         if record.n_tokens != self._plan.token_starts[self.shard + 1] - record.token_start:
             raise AssertionError(f"shard {self.shard} holds {record.n_tokens} tokens, the plan gives it others")
-        return self._store.commit(self._directory, record_name(self.shard), record.to_json())
+        shard_files = [tokens_file.file, *(file.file for file in hook_files.values())]
+        return self._store.commit(self._directory, shard_files, record_name(self.shard), record.to_json())
 
     def abandon(self) -> None:
         """Removes the attempt."""

@@ -94,8 +94,8 @@ class Store(ABC):
         """Puts a file there unless its name is taken. Returns whether it is ours."""
 
     @abstractmethod
-    def commit(self, directory: Path, name: str, data: bytes) -> bool:
-        """Makes the files of `new_directory` durable and readable under its name, then creates their record."""
+    def commit(self, directory: Path, shard_files: Sequence[str], name: str, data: bytes) -> bool:
+        """Makes the files of a `new_directory` durable and readable under its name, then creates their record."""
 
     @abstractmethod
     def sweep(self, committed: Mapping[str, tuple[str, Collection[str]]]) -> None:
@@ -191,7 +191,7 @@ class Directory(Store):
         files.write_durably(draft, data)
         return files.put_if_absent(draft, self.root / name, use_links=self.creates_once)
 
-    def commit(self, directory: Path, name: str, data: bytes) -> bool:
+    def commit(self, directory: Path, shard_files: Sequence[str], name: str, data: bytes) -> bool:
         draft = directory / "record.json"
         files.write_durably(draft, data)
         files.fsync_directory(directory)

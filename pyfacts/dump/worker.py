@@ -1,6 +1,7 @@
 """One process's part in a dump: runs the model over the shards that are left, and writes beside its forwards."""
 
 import contextlib
+import errno
 from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -46,7 +47,11 @@ class Progress:
 
 
 class Worker:
-    """One process's part in a dump."""
+    """One process's part in a dump.
+
+    The calling thread runs the model. A pool writes the last block, hook by hook, and one more thread commits the last
+    shard: at most one of each at a time, so that two blocks are in memory and two shards in the store's spool.
+    """
 
     def __init__(
         self,
@@ -64,10 +69,8 @@ class Worker:
         self._projection = (0, 0)
         self._tokens_done = self._tokens_resumed = 0
         self._done: set[int] = set()  # committed shards
-        self._writers = ThreadPoolExecutor(cores(), "pyfacts-writer")
-        self._writing: list[Future[None]] = []  # the hooks of the last block
-        self._committer = ThreadPoolExecutor(1, "pyfacts-committer")
-        self._committing: Future[None] | None = None  # the last shard
+        self._writing: list[Future[None]] = []
+        self._committing: Future[None] | None = None
 
     def run(self, rank: int, world_size: int) -> None:
         """Computes the shards of this rank, then helps with what is left."""
@@ -86,10 +89,13 @@ class Worker:
             self._probe(todo[0])
             if existing is None:
                 self._write_plan()
-        with self._writers, self._committer:  # leaves when all their jobs have ended
+        with (  # leaves when all jobs have ended
+            ThreadPoolExecutor(cores(), "pyfacts-writer") as self._writers,
+            ThreadPoolExecutor(1, "pyfacts-committer") as self._committer,
+        ):
             for shard in todo:
                 self._write_shard(shard)
-            self._finish_commit()
+            self._await_commit()
         self._report()
         self._sweep()
 
@@ -160,7 +166,7 @@ class Worker:
                         return
             if waiting:
                 self._write_block(writer, pending)
-            self._finish_commit()
+            self._await_commit()
         except BaseException:
             self._abandon(writer)
             raise
@@ -177,6 +183,11 @@ class Worker:
                 if self._committed(shard):  # meanwhile, and our directory was swept away
                     return None
                 raise
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE) or self._committing is None:
+                    raise
+        self._await_commit()  # the files of two shards are more than this process may open
+        return self._open(shard)
 
     def _skip(self, shard: int, tokens_done: int) -> None:
         """Counts a shard that another worker has committed."""
@@ -185,20 +196,21 @@ class Worker:
         self._report()
 
     def _check(self) -> None:
-        """Raises what has come up beside the forwards: a commit that failed, a signal."""
+        """Raises what has come up beside the forwards: a commit that failed, or a signal once the commit has ended."""
         if self._signals.received is not None or (self._committing is not None and self._committing.done()):
-            self._finish_commit()
+            self._await_commit()
         self._signals.check(len(self._done), self._plan.n_shards)
 
     def _abandon(self, writer: ShardWriter) -> None:
+        """Removes an attempt once nothing writes to it; what could not be written does not matter any more."""
         futures.wait(self._writing)
-        self._writing = []  # what could not be written is nobody's matter any more
+        self._writing = []
         writer.abandon()
 
-    # ---- beside the forwards: one block is written, hook by hook, and one shard committed ----------------------------
+    # ---- beside the forwards -----------------------------------------------------------------------------------------
 
     def _write_block(self, writer: ShardWriter, parts: Mapping[str, list[Any]]) -> None:
-        _finish(self._writing)
+        _await(self._writing)
         self._writing = [
             self._writers.submit(write_hook, self._store, writer[hook.name], hook, self._plan.lossy, parts[hook.name])
             for hook in self._plan.hooks
@@ -206,7 +218,7 @@ class Worker:
 
     def _commit(self, shard: int, writer: ShardWriter, writing: list[Future[None]]) -> None:
         try:
-            _finish(writing)
+            _await(writing)
             with self._store.write_errors():
                 writer.commit()
         except BaseException:
@@ -216,7 +228,7 @@ class Worker:
             raise
         self._done.add(shard)
 
-    def _finish_commit(self) -> None:
+    def _await_commit(self) -> None:
         committing, self._committing = self._committing, None
         if committing is not None:
             committing.result()
@@ -229,7 +241,7 @@ class Worker:
         for first in range(begin, end, self._plan.batch_size):
             yield first, min(first + self._plan.batch_size, end)
 
-    def _forward(self, begin: int, end: int) -> "_Captured | None":
+    def _forward(self, begin: int, end: int) -> _Captured | None:
         """Sequences [begin, end) and the activations of their captured tokens by hook; None if there are none."""
         if self._probed is not None and self._probed[0] == begin:
             captured, self._probed = self._probed[1], None
@@ -288,7 +300,7 @@ class Worker:
             self._store.sweep(committed)
 
 
-def _finish(jobs: list[Future[None]]) -> None:
+def _await(jobs: list[Future[None]]) -> None:
     """Waits for all of them, then raises what one has raised."""
     futures.wait(jobs)
     for job in jobs:
