@@ -6,7 +6,7 @@ back is of the size that was expected, or a CodecError: nothing larger is ever a
 
 import itertools
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import zstandard
@@ -29,7 +29,29 @@ class Zstd:
 
     def pack(self, data: Any, item_bytes: int) -> bytes:
         """Packs bytes that are items of item_bytes."""
-        return self._compressor.compress(data) if len(data) else b""
+        return self.pack_all([self.parts(data, item_bytes)])[0]
+
+    def pack_index(self, index: Any, counts: Any, width: int) -> bytes:
+        """Packs the index of a column, `width` features wide, whose segments have these counts, none of them 0."""
+        return self.pack_all([self.index_parts(index, counts, width)])[0]
+
+    def pack_all(self, pieces: Sequence[Sequence[Any]]) -> list[bytes]:
+        """Packs pieces, each given as `parts` or `index_parts`.
+
+        In one call, which takes and gives back Python's lock once: the thread that runs the model wants it too.
+        """
+        parts = [part for piece in pieces for part in piece if len(part)]
+        packed = iter(self._compressor.multi_compress_to_buffer(parts) if parts else ())
+        frames = ([next(packed).tobytes() if len(part) else b"" for part in piece] for piece in pieces)
+        return [_join(piece) for piece in frames]
+
+    def parts(self, data: Any, item_bytes: int) -> Sequence[Any]:
+        """What the frames of a piece hold; none for no bytes."""
+        return [data] if len(data) else []
+
+    def index_parts(self, index: Any, counts: Any, width: int) -> Sequence[Any]:
+        """What the frames of an index hold."""
+        return self.parts(index, 1)
 
     def unpack(self, stored: memoryview, n_bytes: int, item_bytes: int) -> bytes | memoryview:
         """The n_bytes that were packed."""
@@ -46,10 +68,6 @@ class Zstd:
             raise CodecError(f"the frame gave {len(data)} bytes, expected {n_bytes}")
         return data
 
-    def pack_index(self, index: Any, counts: Any, width: int) -> bytes:
-        """Packs the index of a column, `width` features wide, whose segments have these counts, none of them 0."""
-        return self.pack(index, 1)
-
     def unpack_index(self, stored: memoryview, n_bytes: int, counts: Any, width: int) -> bytes | memoryview:
         """The n_bytes of the index."""
         return self.unpack(stored, n_bytes, 1)
@@ -61,10 +79,10 @@ class Split(Zstd):
     Every frame but the last of a piece has its size before it, 8 bytes.
     """
 
-    def pack(self, data: Any, item_bytes: int) -> bytes:
+    def parts(self, data: Any, item_bytes: int) -> Sequence[Any]:
         if item_bytes == 1 or not len(data):
-            return super().pack(data, 1)
-        return self._join(list(_storage.split_items(data, item_bytes)))
+            return super().parts(data, 1)
+        return list(_storage.split_items(data, item_bytes))
 
     def unpack(self, stored: memoryview, n_bytes: int, item_bytes: int) -> bytes | memoryview:
         if item_bytes == 1 or not n_bytes:
@@ -72,8 +90,8 @@ class Split(Zstd):
         planes = self._cut(stored, [n_bytes // item_bytes] * item_bytes)
         return _storage.join_items(b"".join(planes), item_bytes).data
 
-    def pack_index(self, index: Any, counts: Any, width: int) -> bytes:
-        return self._join(_storage.split_index(counts, index, width)) if len(index) else b""
+    def index_parts(self, index: Any, counts: Any, width: int) -> Sequence[Any]:
+        return _storage.split_index(counts, index, width) if len(index) else []
 
     def unpack_index(self, stored: memoryview, n_bytes: int, counts: Any, width: int) -> bytes | memoryview:
         sizes = _storage.index_sizes(counts, width)
@@ -83,10 +101,6 @@ class Split(Zstd):
             return super().unpack(stored, 0, 1)
         gaps, bitmaps = self._cut(stored, sizes)
         return _storage.join_index(counts, gaps, bitmaps, width).data
-
-    def _join(self, parts: Any) -> bytes:
-        *frames, last = (super(Split, self).pack(part, 1) for part in parts)
-        return b"".join([*itertools.chain.from_iterable((_SIZE.pack(len(f)), f) for f in frames), last])
 
     def _cut(self, stored: memoryview, sizes: Any) -> Iterator[bytes | memoryview]:
         for n_bytes in sizes[:-1]:
@@ -99,6 +113,12 @@ class Split(Zstd):
             yield super().unpack(stored[:frame], n_bytes, 1)
             stored = stored[frame:]
         yield super().unpack(stored, sizes[-1], 1)
+
+
+def _join(frames: list[bytes]) -> bytes:
+    """A piece: its frames, the size before each but the last."""
+    sizes = (_SIZE.pack(len(frame)) for frame in frames[:-1])
+    return b"".join(itertools.chain.from_iterable(itertools.zip_longest(sizes, frames, fillvalue=b"")))
 
 
 def codec_of(name: str) -> Zstd | None:

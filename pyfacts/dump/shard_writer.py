@@ -114,12 +114,16 @@ class HookWriter:
         codec, hook = self._codec, self._hook
         assert codec is not None
         occupancy, counts, index, values = pieces
-        return [
-            [codec.pack(piece, 1) for piece in occupancy],
-            [codec.pack(piece, 1) for piece in counts],
-            [codec.pack_index(i, n, hook.column_width(c)) for c, (i, n) in enumerate(zip(index, counts, strict=True))],
-            [codec.pack(piece, hook.item_bytes) for piece in values],
-        ]
+        widths = map(hook.column_width, range(hook.n_columns))
+        packed = codec.pack_all(
+            [
+                *(codec.parts(piece, 1) for piece in occupancy),
+                *(codec.parts(piece, 1) for piece in counts),
+                *map(codec.index_parts, index, counts, widths),
+                *(codec.parts(piece, hook.item_bytes) for piece in values),
+            ]
+        )
+        return [packed[at : at + hook.n_columns] for at in range(0, len(packed), hook.n_columns)]
 
     def _add(self, name: str, dtype: str, array: np.ndarray) -> None:
         self._file.add(name, dtype, array.shape, array)

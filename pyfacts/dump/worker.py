@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +25,9 @@ from .plan import PLAN_FILE, Plan, ShardRecord, check_same, record_name, shard_n
 from .shard_writer import ShardWriter
 from .store import Store
 from .surroundings import Signals
+
+# More would contend for Python's lock, with the thread that runs the model too.
+MAX_WRITERS = 4
 
 _Captured = tuple[Batch, dict[str, Any]]
 
@@ -90,7 +94,7 @@ class Worker:
             if existing is None:
                 self._write_plan()
         with (  # leaves when all jobs have ended
-            ThreadPoolExecutor(cores(), "pyfacts-writer") as self._writers,
+            ThreadPoolExecutor(min(cores(), MAX_WRITERS), "pyfacts-writer") as self._writers,
             ThreadPoolExecutor(1, "pyfacts-committer") as self._committer,
         ):
             for shard in todo:
@@ -143,7 +147,8 @@ class Worker:
             self._skip(shard, done)
             return
         try:
-            pending, waiting = self._no_parts(), 0
+            pending: defaultdict[str, list[Any]] = defaultdict(list)
+            waiting = 0
             for begin, end in self._batches(shard):
                 self._check()
                 captured = self._forward(begin, end)
@@ -159,7 +164,7 @@ class Worker:
                 self._report()
                 if is_full(self._plan, pending, waiting):
                     self._write_block(writer, pending)
-                    pending, waiting = self._no_parts(), 0
+                    pending, waiting = defaultdict(list), 0
                     if self._committed(shard):
                         self._abandon(writer)
                         self._skip(shard, done)
@@ -232,9 +237,6 @@ class Worker:
         committing, self._committing = self._committing, None
         if committing is not None:
             committing.result()
-
-    def _no_parts(self) -> dict[str, list[Any]]:
-        return {hook.name: [] for hook in self._plan.hooks}
 
     def _batches(self, shard: int) -> Iterator[tuple[int, int]]:
         begin, end = self._plan.sequences[shard : shard + 2]
