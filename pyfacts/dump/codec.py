@@ -31,10 +31,6 @@ class Zstd:
         """Packs bytes that are items of item_bytes."""
         return self.pack_all([self.parts(data, item_bytes)])[0]
 
-    def pack_index(self, index: Any, counts: Any, width: int) -> bytes:
-        """Packs the index of a column, `width` features wide, whose segments have these counts, none of them 0."""
-        return self.pack_all([self.index_parts(index, counts, width)])[0]
-
     def pack_all(self, pieces: Sequence[Sequence[Any]]) -> list[bytes]:
         """Packs pieces, each given as `parts` or `index_parts`.
 
@@ -50,7 +46,7 @@ class Zstd:
         return [data] if len(data) else []
 
     def index_parts(self, index: Any, counts: Any, width: int) -> Sequence[Any]:
-        """What the frames of an index hold."""
+        """What the frames of a column's index hold, `width` features wide, whose segments have these counts, none 0."""
         return self.parts(index, 1)
 
     def unpack(self, stored: memoryview, n_bytes: int, item_bytes: int) -> bytes | memoryview:
