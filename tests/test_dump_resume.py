@@ -303,6 +303,12 @@ class TestBesideTheForwards:
                 monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
             assert arguments.cores() == expected
 
+    def test_torchruns_number_of_processes_is_no_number(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "many")
+        with pytest.raises(ValueError, match="LOCAL_WORLD_SIZE must be an integer, got 'many'"):
+            resume(tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
 
 class TestWorkers:
     def test_a_shard_that_another_worker_commits_meanwhile(self, undisturbed, tmp_path):

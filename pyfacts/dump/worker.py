@@ -73,6 +73,7 @@ class Worker:
         self._projection = (0, 0)
         self._tokens_done = self._tokens_resumed = 0
         self._done: set[int] = set()  # committed shards
+        self._n_writers = min(cores(), MAX_WRITERS)
         self._writing: list[Future[None]] = []
         self._committing: Future[None] | None = None
 
@@ -94,7 +95,7 @@ class Worker:
             if existing is None:
                 self._write_plan()
         with (  # leaves when all jobs have ended
-            ThreadPoolExecutor(min(cores(), MAX_WRITERS), "pyfacts-writer") as self._writers,
+            ThreadPoolExecutor(self._n_writers, "pyfacts-writer") as self._writers,
             ThreadPoolExecutor(1, "pyfacts-committer") as self._committer,
         ):
             for shard in todo:
