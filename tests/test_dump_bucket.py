@@ -212,6 +212,19 @@ def test_a_name_is_created_once(address):
     assert first.names() == {"00000.json"}  # no probe stays
 
 
+def test_a_probe_that_another_worker_sweeps_away(address, monkeypatch):
+    """After the store has refused to create it a second time, and before it is read."""
+    read = s3fs.S3FileSystem._cat_file
+
+    async def swept(self, path, **kwargs):
+        if ".probe-" in path:
+            await self._rm_file(path)
+        return await read(self, path, **kwargs)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_cat_file", swept)
+    assert open_store(address).creates_once
+
+
 ORPHAN = "00000-0123456789ab"
 
 

@@ -97,6 +97,8 @@ class Bucket(Store):
         probe = files.unique_name(".probe")
         try:
             return self.create(probe, b"first") and not self.create(probe, b"second")
+        except FileExistsError:
+            return True  # refused, and gone before it could be read: another worker has swept it away
         finally:
             self._remove(self._path(probe))
 
