@@ -32,8 +32,6 @@ ARENA_BYTES = 4 << 30
 joining them takes 24 bytes a value, so that what is neither long nor wide should not come to it."""
 WIDE_ARENA_BYTES = 128 << 20
 """The same for wide encoders: room for every value would be more than a tenth of their dense result."""
-KEY_BYTES = 256 << 20
-"""The keys that `topk_encode` sorts by at a time, 8 bytes each."""
 DENSE_BYTES = 256 << 20
 """What is unpacked at a time for the gradient of `sparse_linear`."""
 
@@ -141,25 +139,12 @@ def topk_encode(x: Tensor, k: int) -> Planes:
     n_tokens, n_features = x.shape
     if not 1 <= k <= n_features:
         raise ValueError(f"k must be 1 to {n_features}, got {k}")
-    kept = torch.zeros_like(x, memory_format=torch.contiguous_format)
-    step = max(1, KEY_BYTES // 8 // n_features)
-    for start in range(0, n_tokens, step):
-        rows = x[start : start + step]
-        indices = _keys(rows).topk(k, dim=1, sorted=False).indices
-        kept[start : start + step].scatter_(1, indices, rows.gather(1, indices))
-    return ops.encode(kept, 0.0, False)
 
+    def largest(start: int, stop: int) -> Tensor:
+        rows = x[start:stop]
+        return rows.masked_fill(~_largest_of_rows(rows.abs(), k), 0)
 
-def _keys(x: Tensor) -> Tensor:
-    """int64 keys [n_tokens, n_features], all different in a row, whose order is the one that `topk_encode` promises.
-
-    The bits of a non-negative float32 order like the number, so |x|'s are the upper half, with every NaN just above
-    infinity; in the lower half an earlier feature is larger.
-    """
-    bits = x.float().abs().view(torch.int32)
-    infinity = 0x7F800000
-    column = torch.arange(x.shape[1], device=x.device)
-    return (bits.clamp(max=infinity + 1).long() << 32) | (0xFFFFFFFF - column)
+    return pack(x, n_tokens, n_features, in_chunks(largest))
 
 
 def row_sq_norm(x: Tensor) -> Tensor:

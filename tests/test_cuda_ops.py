@@ -212,14 +212,13 @@ def test_topk_where_the_order_is_hard(device: str) -> None:
 
 @on_each_device
 @of_each_dtype
+@pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize("k", [1, 3, 300])
-def test_topk_of_what_is_there_already(
-    device: str, dtype: torch.dtype, k: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By magnitude; in chunks of two rows."""
-    monkeypatch.setattr(cuda, "KEY_BYTES", 2 * 300 * 8)
-    x = whole_numbers(37, 300, dtype=dtype)
+def test_topk_of_what_is_there_already(device: str, dtype: torch.dtype, k: int) -> None:
+    """By magnitude, bits kept, those of NaNs too."""
+    x = whole_numbers(300, 300, dtype=dtype)
     x[3, 10:14] = torch.tensor([float("nan"), float("inf"), -float("inf"), -float("nan")])
+    x[3, :4].view(torch.int32 if dtype == torch.float32 else torch.int16)[:] = torch.tensor([-1, -3, -5, -7])
     assert_same_planes(kernel(device, "topk_encode")(x.to(device), k), ops.topk_encode(x, k))
     x = x[4:]
     torch.testing.assert_close(
