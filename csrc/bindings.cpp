@@ -434,6 +434,5 @@ PYBIND11_MODULE(_storage, m) {
   m.def("join_index", &join_index, py::arg("counts"), py::arg("gaps"), py::arg("bitmaps"), py::arg("width"));
   m.def("split_items", &split_items, py::arg("items"), py::arg("item_bytes"));
   m.def("join_items", &join_items, py::arg("planes"), py::arg("item_bytes"));
-  m.def("isa", &cpu::isa);
   m.def("isa_error", &cpu::isa_error);
 }

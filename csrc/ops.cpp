@@ -184,8 +184,6 @@ std::tuple<Tensor, Tensor, Tensor> to_csr(const Tensor& counts, const Tensor& in
 
 std::string isa() { return cpu::isa(); }
 
-std::string isa_error() { return cpu::isa_error() ? cpu::isa_error() : ""; }
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY(pyfacts, m) {
@@ -243,7 +241,6 @@ STABLE_TORCH_LIBRARY(pyfacts, m) {
       "sparse_linear_grad_weight(Tensor counts, Tensor index, Tensor values, Tensor tile_ptr, SymInt n_features,"
       " Tensor grad) -> Tensor");
   m.def("isa() -> str");
-  m.def("isa_error() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(pyfacts, CPU, m) {
@@ -263,9 +260,6 @@ STABLE_TORCH_LIBRARY_IMPL(pyfacts, CPU, m) {
   m.impl("sparse_linear_grad_weight", TORCH_BOX(&sparse_linear_grad_weight));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(pyfacts, CompositeExplicitAutograd, m) {
-  m.impl("isa", TORCH_BOX(&isa));
-  m.impl("isa_error", TORCH_BOX(&isa_error));
-}
+STABLE_TORCH_LIBRARY_IMPL(pyfacts, CompositeExplicitAutograd, m) { m.impl("isa", TORCH_BOX(&isa)); }
 
 }  // namespace pyfacts

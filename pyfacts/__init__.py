@@ -8,6 +8,11 @@ if importlib.util.find_spec("pyfacts._storage") is None:
         "there and start Python elsewhere, where it finds what was installed; or install with `-e`"
     )
 
+from . import _storage
+
+if _storage.isa_error():  # PYFACTS_ISA names what this CPU does not run
+    raise ImportError(_storage.isa_error())
+
 from .dump.errors import DumpError, DumpInterrupted
 from .dump.reader import Dump, open_dump
 from .errors import CheckpointError, HookNeverFired, OutOfRangeError

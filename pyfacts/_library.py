@@ -14,16 +14,10 @@ _loaded: set[str] = set()
 
 
 def load() -> None:
-    """Loads `_C` into this process, and `_cuda` if it is there and torch can use it.
-
-    Raises:
-        ImportError: PYFACTS_ISA names an instruction set that this CPU does not run.
-    """
+    """Loads `_C` into this process, and `_cuda` if it is there and torch can use it."""
     path = find("_C")
     assert path is not None, "it is built with _storage, which pyfacts has looked for"
     load_library(path)
-    if error := torch.ops.pyfacts.isa_error():
-        raise ImportError(error)
     cuda = find("_cuda")
     if cuda is not None and torch.version.cuda is not None:
         load_library(cuda)

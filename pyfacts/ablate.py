@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .hook_point import HookPoint
 from .models import Names
+from .scalars import as_float
 from .stream import add_hook, eager, never_fired
 
 
@@ -50,8 +51,7 @@ def ablate(model: nn.Module, indices: Mapping[str, Iterable[int] | Tensor], valu
     """
     if not isinstance(indices, Mapping):
         raise TypeError(f"indices must be a dict of hook name to feature indices, got {type(indices).__name__}")
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"value must be a number, got {value!r} of type {type(value).__name__}")
+    value = as_float("value", value)
     if not indices:
         raise ValueError("indices is empty: name at least one hook and its features")
     names = Names(model)
@@ -62,7 +62,7 @@ def ablate(model: nn.Module, indices: Mapping[str, Iterable[int] | Tensor], valu
     with contextlib.ExitStack() as exit_stack:
         exit_stack.enter_context(eager())
         for point in points:
-            setter = _setter(point, _features(point, indices[point.name]), float(value), silent)
+            setter = _setter(point, _features(point, indices[point.name]), value, silent)
             exit_stack.callback(add_hook(names.model.get_submodule(point.module_path), point.side, setter))
         yield
     if silent:

@@ -240,7 +240,7 @@ def capture_case(model: nn.Module, token_ids: Tensor) -> Case:
     packed = sum(part.nbytes for part in parts)
     density = sum(part.nnz for part in parts) / sum(part.shape.numel() for part in parts)
     facts = {"op": "capture", "n_tokens": token_ids.numel(), "n_layers": len(parts), "density": density}
-    name = f"capture {len(parts)} layers of OPT-125M, {token_ids.numel():,} tokens, {density:.1%}"
+    name = f"capture {len(parts)} layers of {parts[0].shape[1]:,}, {token_ids.numel():,} tokens, {density:.1%}"
     return Case(name, captured, {"forward alone": forward}, dense, dense + packed, facts)
 
 

@@ -19,6 +19,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from .wording import human_bytes
+
 if TYPE_CHECKING:
     from . import Dump
     from .dump.reader import Context
@@ -161,7 +163,9 @@ def dump_command(
             progress=progress,
         )
     out.print(
-        escape(f"{out_directory}: {d.n_tokens:,} tokens of {_count(len(d.hook_names), 'hook')}, {_size(d.n_bytes)}"),
+        escape(
+            f"{out_directory}: {d.n_tokens:,} tokens of {_count(len(d.hook_names), 'hook')}, {human_bytes(d.n_bytes)}"
+        ),
         highlight=False,
     )
 
@@ -192,7 +196,7 @@ def info(out_directory: DumpArgument) -> None:
             silent = int((hook.feature_stats().nnz == 0).sum())
             dropped = f"{hook.dropped_share:.2%}" if d.plan["select"] else "-"
             sparse = (f"{hook.density:.2%}", f"{hook.density * hook.width:.1f}", f"{silent:,}", dropped)
-        table.add_row(name, hook.kind, hook.dtype, f"{hook.width:,}", *sparse, _size(hook.n_bytes), share)
+        table.add_row(name, hook.kind, hook.dtype, f"{hook.width:,}", *sparse, human_bytes(hook.n_bytes), share)
     out.print(table)
 
 
@@ -209,7 +213,7 @@ def verify(out_directory: DumpArgument) -> None:
     out.print(
         escape(
             f"{out_directory}: {report.n_tokens:,} tokens in {_count(report.n_shards, 'shard')} and "
-            f"{report.n_files} files, {_size(report.n_bytes)}, {state}"
+            f"{report.n_files} files, {human_bytes(report.n_bytes)}, {state}"
         )
     )
 
@@ -289,7 +293,7 @@ def marked_context(context: Context, tokenizer: Any) -> str:
 def _open(directory: str) -> Dump:
     import pyfacts
 
-    return pyfacts.open_dump(directory)
+    return pyfacts.open_dump(directory, framework="numpy")
 
 
 def _load_saes(arguments: list[str]) -> dict[str, Any]:
@@ -317,7 +321,7 @@ def _tokenizer(d: Dump) -> Any:
     name = _model_name(d)
     if not name:
         return None
-    from .dump.arguments import tokenizer_of
+    from .dump.documents import tokenizer_of
 
     try:
         return tokenizer_of(name)
@@ -355,7 +359,7 @@ def _shown_progress() -> Iterator[Any]:
                 err.print("all of it was committed before", highlight=False)
             if not projected and progress.tokens_done > progress.tokens_resumed:
                 projected = True
-                packed, dense = _size(progress.packed_bytes), _size(progress.dense_bytes)
+                packed, dense = human_bytes(progress.packed_bytes), human_bytes(progress.dense_bytes)
                 if progress.tokens_resumed:
                     err.print(f"resuming: {progress.tokens_resumed:,} tokens are committed", highlight=False)
                 err.print(
@@ -371,9 +375,3 @@ def _shown_progress() -> Iterator[Any]:
 
 def _count(n: int, what: str) -> str:
     return f"{n:,} {what}{'' if n == 1 else 's'}"
-
-
-def _size(n_bytes: float) -> str:
-    from .encoding import human_bytes
-
-    return human_bytes(n_bytes)

@@ -1,6 +1,5 @@
 """The `EncodedActivations` record and the functions that make one."""
 
-import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -9,7 +8,8 @@ import torch
 from torch import Tensor
 
 from . import _library, cuda, ops
-from .integers import in_range, token_range
+from .scalars import as_float, in_range, token_range
+from .wording import human_bytes
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -298,22 +298,11 @@ def _check_writable(out: Tensor) -> None:
 
 
 def _check_min_abs(min_abs: float) -> float:
-    if isinstance(min_abs, Tensor) and min_abs.dim() == 0:
+    if isinstance(min_abs, Tensor):
+        if min_abs.dim():
+            raise TypeError("min_abs must be a number, got Tensor; pyfacts.min_abs(theta) selects by one a feature")
         min_abs = min_abs.item()
-    if isinstance(min_abs, bool) or not isinstance(min_abs, numbers.Real):
-        hint = "; pyfacts.min_abs(theta) selects by a threshold a feature" if hasattr(min_abs, "shape") else ""
-        raise TypeError(f"min_abs must be a number, got {type(min_abs).__name__}{hint}")
-    min_abs = float(min_abs)
+    min_abs = as_float("min_abs", min_abs)
     if not min_abs >= 0:  # NaN too
         raise ValueError(f"min_abs must be at least 0, got {min_abs}")
     return min_abs
-
-
-def human_bytes(n_bytes: float) -> str:
-    """Returns a size for people, in decimal units: "12.3 MB"."""
-    size = float(n_bytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"

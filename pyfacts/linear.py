@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import ops
 from .encoding import EncodedActivations, check_matrix
-from .integers import as_int
+from .scalars import as_int
 
 ACTIVATIONS = ("relu", "relu2", "jumprelu")
 

@@ -18,6 +18,7 @@ from .blocks import holds_experts, in_width, is_attention, out_width
 from .hook_point import HookPoint
 from .survey import refusal
 from .warn import warn
+from .wording import some
 
 NamesFilter = str | Iterable[str] | Callable[[str], bool] | None
 
@@ -303,9 +304,3 @@ def _accepts(accepts: Callable[[str], bool], name: str) -> bool:
         return bool(accepts(name))
     except Exception:
         return False
-
-
-def some(names: Iterable[str]) -> str:
-    """The first five, and how many more there are."""
-    listed = list(names)
-    return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")

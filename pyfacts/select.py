@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import ops
 from .encoding import EncodedActivations, check_matrix, encode
-from .integers import at_least_one
+from .scalars import as_float, at_least_one
 
 
 @runtime_checkable
@@ -89,18 +89,18 @@ class min_abs:
     """
 
     def __init__(self, theta: float | Tensor) -> None:
-        if isinstance(theta, Tensor):
-            if theta.is_complex() or theta.dtype == torch.bool:
-                raise TypeError(f"theta must hold real numbers, got dtype {theta.dtype}")
-            if theta.dim() > 1:
-                raise ValueError(f"theta must be a number or 1-D [n_features], got shape {tuple(theta.shape)}")
-            theta = theta.detach().clone() if theta.dim() else theta.item()
-        elif isinstance(theta, bool) or not isinstance(theta, int | float):
-            raise TypeError(f"theta must be a number or a 1-D tensor, got {theta!r} of type {type(theta).__name__}")
-        smallest = float(theta.min()) if isinstance(theta, Tensor) and theta.numel() else theta  # NaN if any is NaN
-        if isinstance(smallest, float | int) and not smallest >= 0:
-            raise ValueError(f"theta must be at least 0, got {smallest}; |activation| is compared with it")
-        self.theta = theta if isinstance(theta, Tensor) else float(theta)
+        if not isinstance(theta, Tensor):
+            theta = as_float("theta", theta, "a number or a 1-D tensor")
+        elif theta.is_complex() or theta.dtype == torch.bool:
+            raise TypeError(f"theta must hold real numbers, got dtype {theta.dtype}")
+        elif theta.dim() > 1:
+            raise ValueError(f"theta must be a number or 1-D [n_features], got shape {tuple(theta.shape)}")
+        else:
+            theta = theta.detach().clone() if theta.dim() else float(theta)
+        thresholds = torch.as_tensor(theta, dtype=torch.float64)
+        if not (thresholds >= 0).all():  # NaN too
+            raise ValueError(f"theta must be at least 0, got {thresholds.min()}; |activation| is compared with it")
+        self.theta = theta
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> EncodedActivations:

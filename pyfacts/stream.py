@@ -24,10 +24,11 @@ from .encoding import DTYPES
 from .errors import HookNeverFired
 from .forwards import Watcher, watch
 from .hook_point import HookPoint
-from .models import some, unwrap
+from .models import unwrap
 from .select import Select
 from .tokens import End, Forward, Taken, TokenMask, Tokens, past_length
 from .warn import warn
+from .wording import some
 
 OnForward = Callable[[dict[str, Activations], dict[str, Tensor]], None]
 
@@ -354,7 +355,7 @@ def eager() -> Iterator[None]:
 def never_fired(names: Sequence[str]) -> HookNeverFired:
     """The error for hooks that no forward reached."""
     return HookNeverFired(
-        f"{len(names)} of the requested hooks never fired: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}. "
+        f"{len(names)} of the requested hooks never fired: {some(names)}. "
         "Either no forward pass ran, or it did not reach their modules (a branch that is switched off, a module that "
         "is bypassed by a fused or compiled path, or a copy of the model that was run instead)."
     )

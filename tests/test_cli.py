@@ -161,6 +161,15 @@ def test_top_says_what_is_missing(run: Run, work: Path) -> None:
     assert re.search("incomplete: of the [0-9,]+ tokens that are committed", done.stderr)
 
 
+@pytest.mark.parametrize(
+    "arguments", [["info", "out"], ["verify", "out"], ["top", "out", "blocks.1.mlp.hook_post", "5"]], ids=str
+)
+def test_dumps_are_read_without_torch(run: Run, work: Path, arguments: list[str]) -> None:
+    program = "import sys; sys.modules['torch'] = None; from pyfacts import cli; sys.argv[0] = 'pyfacts'; cli.main()"
+    done = subprocess.run([sys.executable, "-c", program, *arguments], cwd=work, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, run(*arguments).stdout), done.stderr
+
+
 def test_top_marks_the_firing_token(run: Run, work: Path) -> None:
     hook = "blocks.1.mlp.hook_post"
     done = run("top", "out", hook, "5", "-k", "3", "--window", "6")

@@ -53,7 +53,7 @@ def test_a_directory_without_a_tokenizer(name, tmp_path):
 
     getattr(transformers, f"{name}Config")().save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match="no tokenizer in .*model"):
-        arguments.tokenizer_of(str(tmp_path / "model"))
+        documents.tokenizer_of(str(tmp_path / "model"))
 
 
 def write(kind, path, ids):
@@ -321,6 +321,10 @@ class TestBadInput:
         assert dump(TinyModel(), tokens(4), tmp_path / "out", HOOKS, batch_size=np.int64(2)).complete
         with pytest.raises(TypeError, match="select must be"):
             dump(TinyModel(), tokens(4), tmp_path / "out", HOOKS, select=5)
+
+    def test_a_mapping_of_one_text_is_one_document(self):
+        assert list(documents.read_documents({"text": "w1 w2"})) == ["w1 w2"]
+        assert list(documents.read_documents({"text": ["w1", "w2"]})) == ["w1", "w2"]
 
     def test_a_mapping_of_something_else(self, tmp_path):
         with pytest.raises(ValueError, match=r"the mapping has the fields train, test; one of input_ids"):

@@ -187,6 +187,8 @@ def test_an_unknown_instruction_set_is_refused() -> None:
     done = run_with_isa("avx9", "import pyfacts")
     assert done.returncode and "ImportError" in done.stderr
     assert "PYFACTS_ISA is 'avx9'" in done.stderr and "scalar" in done.stderr
+    without_torch = run_with_isa("avx9", "import sys; sys.modules['torch'] = None; import pyfacts")
+    assert without_torch.returncode and "PYFACTS_ISA is 'avx9'" in without_torch.stderr
 
 
 def test_one_thread_and_many_give_the_same_bytes() -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -136,7 +137,7 @@ def test_dropped_share():
         (lambda: pyfacts.topk(4).encode(torch.ones(2, 3)), ValueError, "k=4.*only 3 features"),
         (lambda: pyfacts.topk(1).encode(torch.ones(3)), ValueError, r"shape \(3,\)"),
         (lambda: pyfacts.topk(1).encode(torch.ones(2, 3, dtype=torch.float64)), TypeError, "float64"),
-        (lambda: pyfacts.min_abs(-0.5), ValueError, "at least 0, got -0.5"),
+        (lambda: pyfacts.min_abs(np.float32(-0.5)), ValueError, "at least 0, got -0.5"),
         (lambda: pyfacts.min_abs(math.nan), ValueError, "got nan"),
         (lambda: pyfacts.min_abs(torch.tensor([1.0, -2.0])), ValueError, "got -2.0"),
         (lambda: pyfacts.min_abs(torch.tensor([1.0, math.nan])), ValueError, "got nan"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -15,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..capture import capture
 from ..dump.reader import Dump
 from ..models import resolve_hooks
 
@@ -35,7 +33,7 @@ def quiet() -> None:
 
 
 def load(path: Path) -> Any:
-    """A saved model, as `pyfacts dump` loads it."""
+    """A saved model, on the CPU."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
@@ -143,23 +141,3 @@ def verify_round_trip(model: nn.Module, d: Dump, sequences: Iterable[Tensor], ba
     if start != d.n_tokens:
         raise RuntimeError(f"the dump holds {d.n_tokens} tokens, {start} were compared")
     return compared, dense_bytes
-
-
-def capture_overhead(model: nn.Module, ids: Tensor, rounds: int = 15) -> tuple[float, float]:
-    """Median milliseconds of a forward pass alone, and of one inside `pyfacts.capture`, measured in turn."""
-
-    def forward() -> None:
-        model(ids)
-
-    def captured() -> None:
-        with capture(model):
-            model(ids)
-
-    taken: dict[Callable[[], None], list[float]] = {forward: [], captured: []}
-    with torch.inference_mode():
-        for _ in range(rounds + 1):
-            for call, times in taken.items():
-                started = time.perf_counter()
-                call()
-                times.append((time.perf_counter() - started) * 1e3)
-    return statistics.median(taken[forward][1:]), statistics.median(taken[captured][1:])

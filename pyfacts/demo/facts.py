@@ -16,11 +16,12 @@ import torch
 from matplotlib.figure import Figure  # here, lest it be missed at the very end
 from torch import Tensor
 
+from .. import bench
 from ..ablate import ablate
 from ..dump.reader import Dump
 from ..dump.run import dump
-from ..encoding import human_bytes
-from .common import capture_overhead, checkpoint, load, quiet, say, train, verify_round_trip
+from ..wording import human_bytes
+from .common import checkpoint, load, quiet, say, train, verify_round_trip
 from .corpus import BOS, RELATIONS, SPORTS, Corpus, make_corpus, make_tokenizer
 
 if TYPE_CHECKING:
@@ -105,10 +106,11 @@ def run(out: str | Path, seed: int = 0, settings: Settings | None = None) -> Rec
     model_path = checkpoint(directory, {"demo": "facts"} | asdict(settings), make)
 
     say(f"2. Dump: pyfacts dump {model_path} {tokens_path} {dump_path} --batch-size {DUMP_BATCH}")
-    d = dump(str(model_path), tokens_path, dump_path, batch_size=DUMP_BATCH)
     model = load(model_path)
+    d = dump(model, tokens_path, dump_path, batch_size=DUMP_BATCH)
     compared, dense_bytes = verify_round_trip(model, d, list(corpus.ids), DUMP_BATCH)
-    alone, captured = capture_overhead(model, corpus.ids)
+    cost = bench.measure(bench.capture_case(model, corpus.ids), rounds=15)
+    alone, captured = cost["peers"]["forward alone"]["ms"], cost["ms"]
     sizes = (dense_bytes, d[HOOK][:].nbytes, d[HOOK].n_bytes)
     say(f"     {compared:,} activations, {d[HOOK].density:.1%} of them not zero, bit for bit those of PyTorch hooks")
     say("     {} dense, {} packed, {} on disk".format(*map(human_bytes, sizes)))

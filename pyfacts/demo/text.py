@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..dump.reader import Dump
 from ..dump.run import dump
-from ..encoding import human_bytes
+from ..wording import human_bytes
 from .common import checkpoint, load, quiet, say, train, verify_round_trip
 
 if TYPE_CHECKING:
@@ -55,8 +55,9 @@ def run(out: str | Path, seed: int = 0, n_steps: int = STEPS) -> dict[str, Any]:
     model_path = checkpoint(directory, settings, make)
 
     say(f"2. Dump: pyfacts dump {model_path} {corpus} {directory / 'dump'} --context-size {CONTEXT}")
-    d = dump(str(model_path), corpus, directory / "dump", context_size=CONTEXT, batch_size=DUMP_BATCH)
-    compared, dense_bytes = verify_round_trip(load(model_path), d, sequences_of(d), DUMP_BATCH)
+    model = load(model_path)
+    d = dump(model, corpus, directory / "dump", context_size=CONTEXT, batch_size=DUMP_BATCH)
+    compared, dense_bytes = verify_round_trip(model, d, sequences_of(d), DUMP_BATCH)
     say(f"     {compared:,} activations, {d[HOOK].density:.1%} of them not zero, bit for bit those of PyTorch hooks")
     say(f"     {human_bytes(dense_bytes)} dense, {human_bytes(d[HOOK].n_bytes)} on disk")
 

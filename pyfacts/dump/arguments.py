@@ -13,6 +13,7 @@ from ..attach import SaesByHook, SparseAutoencoder, resolve_captured
 from ..hook_point import HookPoint
 from ..models import unwrap
 from ..warn import warn
+from .documents import tokenizer_of
 
 MAX_DEFAULT_CONTEXT = 2048
 
@@ -75,23 +76,6 @@ def load_tokenizer(tokenizer: Any, model: nn.Module, name: str | None) -> Any:
     if not name:
         raise ValueError("tokens: text needs a tokenizer; give `tokenizer=`, or the model by its name or directory")
     return tokenizer_of(name)
-
-
-def tokenizer_of(name: str) -> Any:
-    """The tokenizer of a Hugging Face name or directory.
-
-    Raises:
-        ValueError: there is none. From a directory without one transformers makes tokenizers that know no word.
-    """
-    import transformers
-
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    if len(tokenizer) <= len(tokenizer.all_special_tokens) + 1:  # a mark of words' beginnings is no word
-        raise ValueError(
-            f"there is no tokenizer in {name}: the {type(tokenizer).__name__} that transformers makes of it knows no "
-            "word; save the model's tokenizer there (tokenizer.save_pretrained), or give token ids"
-        )
-    return tokenizer
 
 
 def dumped_points(

@@ -80,7 +80,7 @@ class TensorWriter:
     """
 
     def __init__(self, path: Path, header_bytes: int) -> None:
-        self._file = open(path, "xb")  # noqa: SIM115  closed by finish() or close()
+        self._file = open(path, "xb")  # closed by finish() or close()
         self._header_bytes = header_bytes
         self._tensors: dict[str, TensorInfo] = {}
         self._offset = 0

@@ -79,6 +79,23 @@ def token_documents(documents: Iterable[Document], load_tokenizer: Callable[[], 
             number += 1
 
 
+def tokenizer_of(name: str) -> Any:
+    """The tokenizer of a Hugging Face name or directory.
+
+    Raises:
+        ValueError: there is none. From a directory without one transformers makes tokenizers that know no word.
+    """
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens) + 1:  # a mark of words' beginnings is no word
+        raise ValueError(
+            f"there is no tokenizer in {name}: the {type(tokenizer).__name__} that transformers makes of it knows no "
+            "word; save the model's tokenizer there (tokenizer.save_pretrained), or give token ids"
+        )
+    return tokenizer
+
+
 def _ids(document: Any, number: int) -> np.ndarray:
     try:
         ids = np.asarray(document)
@@ -116,7 +133,7 @@ def _of_one_text(rows: Sequence[Any]) -> Sequence[Any]:
 def _mapping(columns: Mapping[str, Any]) -> list[Document]:
     field = _field(columns, "the mapping")
     if field in TEXT_FIELDS:
-        return list(columns[field])
+        return [columns[field]] if isinstance(columns[field], str) else list(columns[field])
     return without_padding(f"tokens[{field!r}]", columns[field], columns)
 
 

@@ -77,7 +77,7 @@ class Tokens:
         """Reads every token once: what a plan needs to know, and the fingerprint.
 
         Raises:
-            ValueError: a token id is negative or beyond int32, or nothing is to be captured.
+            ValueError: a token id is negative, or nothing is to be captured.
         """
         digest = xxhash.xxh3_128()
         captured = np.empty(self.n_sequences, np.int64)

@@ -70,11 +70,8 @@ class Plan:
 
     @cached_property
     def digest(self) -> str:
-        """xxh3-64 in hex of what is compared: equal plans have equal digests, whoever wrote them."""
+        """xxh3-64 in hex of all but `created_with`; records name the plan that was there first by it."""
         return str(self.to_dict()["xxh3"])
-
-    def hook(self, name: str) -> HookSpec:
-        return next(hook for hook in self.hooks if hook.name == name)
 
     def to_dict(self) -> dict[str, Any]:
         value = {

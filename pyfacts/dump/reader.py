@@ -14,7 +14,7 @@ import numpy as np
 
 from .. import _storage
 from ..errors import UnknownHookError
-from ..integers import at_least_one, in_range, token_range
+from ..scalars import at_least_one, in_range, token_range
 from . import shuffle
 from .arrays import BITS, FRAMEWORKS, numpy_framework
 from .cache import Cache

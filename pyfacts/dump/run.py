@@ -12,7 +12,7 @@ from torch import nn
 
 from .. import __version__
 from ..attach import SaesByHook
-from ..integers import at_least_one
+from ..scalars import at_least_one
 from ..stream import ActivationStream, check_neurons_to_select, check_select
 from . import layout
 from .arguments import (

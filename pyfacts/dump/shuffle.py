@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import _storage
-from ..integers import as_int, at_least_one
+from ..scalars import as_int, at_least_one
 from .arrays import BITS
 
 if TYPE_CHECKING:

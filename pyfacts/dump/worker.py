@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ..capture import DENSE_ABOVE
-from ..encoding import EncodedActivations, human_bytes
+from ..encoding import EncodedActivations
 from ..stream import ActivationStream
+from ..wording import human_bytes
 from . import layout
 from .arguments import cores, model_inputs
 from .blocks import is_full, write_hook

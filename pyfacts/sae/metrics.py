@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..integers import at_least_one
+from ..scalars import at_least_one
 
 if TYPE_CHECKING:
     from .record import SAE

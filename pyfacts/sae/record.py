@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ..encoding import DTYPES, EncodedActivations
-from ..integers import as_int
 from ..linear import linear_batch_topk_encode, linear_relu_encode, linear_topk_encode, sparse_linear
+from ..scalars import as_int
 from .input_norm import INPUT_NORMS, row_norm
 from .metrics import SAEMetrics, measure
 

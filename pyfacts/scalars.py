@@ -1,5 +1,6 @@
-"""Arguments that must be integers, and indices; without torch, for readers of dumps."""
+"""Arguments that must be numbers, and indices; without torch, for readers of dumps."""
 
+import numbers
 import operator
 from typing import Any
 
@@ -30,6 +31,16 @@ def in_range(name: str, value: Any, n: int) -> int:
     if not -n <= index < n:
         raise OutOfRangeError(f"{name} {index} is out of range: there are {n}")
     return index % n
+
+
+def as_float(name: str, value: Any, expected: str = "a number") -> float:
+    """An argument as a float, NumPy's numbers too; TypeError says its name if it is no real number, and a bool is none.
+
+    A tensor is none either, lest a GPU be waited for unseen.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be {expected}, got {value!r:.80} of type {type(value).__name__}")
+    return float(value)
 
 
 def token_range(tokens: Any, n_tokens: int, hint: str) -> tuple[int, int]:
