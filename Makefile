@@ -47,14 +47,15 @@ test-newest: setup
 test-slow: setup
 	$(BIN)/pytest -m slow
 
+CXX_FILES = $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h')
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 
 format: setup
 	$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.cpp' 'tests/*.h')
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 bench: setup
 	$(BIN)/python bench/run.py

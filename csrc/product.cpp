@@ -10,13 +10,6 @@
 namespace pyfacts {
 namespace {
 
-// The answer of an op without arguments; none if this torch lacks the op.
-std::optional<bool> ask(const char* op) {
-  StableIValue answer = 0;
-  if (torch_call_dispatcher(op, "", &answer, TORCH_ABI_VERSION) != 0) return std::nullopt;
-  return torch::stable::detail::to<bool>(answer);
-}
-
 constexpr int64_t kReorderFromTokens = 4096;
 constexpr int64_t kTransposeFromTokens = 512;
 
@@ -37,8 +30,8 @@ std::optional<Tensor> onednn_weight(const Tensor& weight, int64_t n_tokens) {
 }  // namespace
 
 bool onednn_has(ScalarType type) {
-  static const std::optional<bool> bfloat16 = ask("mkldnn::_is_mkldnn_bf16_supported");
-  static const std::optional<bool> float16 = ask("mkldnn::_is_mkldnn_fp16_supported");
+  static const std::optional<bool> bfloat16 = ask_torch("mkldnn::_is_mkldnn_bf16_supported");
+  static const std::optional<bool> float16 = ask_torch("mkldnn::_is_mkldnn_fp16_supported");
   if (type == ScalarType::Float) return bfloat16.has_value();  // of a torch with oneDNN
   return (type == ScalarType::BFloat16 ? bfloat16 : float16).value_or(false);
 }

@@ -1,4 +1,4 @@
-// All friction with the LibTorch Stable ABI in one place: short names, and the two calls that need the raw shim.
+// All friction with the LibTorch Stable ABI in one place: short names, and what needs the raw shim.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -29,6 +29,13 @@ Tensor call_torch(const char* name, const char* overload, const Arguments&... ar
   std::array<StableIValue, sizeof...(Arguments)> stack{torch::stable::detail::from(arguments)...};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// The answer of an op of torch's without arguments; none if this torch lacks the op.
+inline std::optional<bool> ask_torch(const char* name) {
+  StableIValue answer = 0;
+  if (torch_call_dispatcher(name, "", &answer, TORCH_ABI_VERSION) != 0) return std::nullopt;
+  return torch::stable::detail::to<bool>(answer);
 }
 
 // In place; a NaN stays, and -0.0 becomes +0.0 or stays (the encoding treats both alike).

@@ -7,7 +7,7 @@
 
 #include <cmath>
 
-#include "bounds.h"
+#include "kernels.h"
 
 namespace pyfacts::cpu {
 namespace {

@@ -14,26 +14,12 @@
 #pragma once
 
 #include "encoding.h"
+#include "kernels.h"
 
 namespace pyfacts::cpu {
 
-struct RowNorms {
-  double whole;
-  double rounded;
-  double rest;  // whole - rounded, element by element
-};
-
-struct BoundKernels {
-  RowNorms (*round_row)(const float* row, int64_t n, uint16_t* rounded);  // to bfloat16
-  float (*dot)(const float* x, const float* row, int64_t n);
-};
-
 // nullptr where bfloat16 is not multiplied by the CPU itself, or PYFACTS_ISA names an instruction set before AVX-512.
 const BoundKernels* bound_kernels();
-
-#if defined(__x86_64__)
-extern const BoundKernels kBoundKernelsAvx512Bf16;
-#endif
 
 // Elements of a factor's row.
 constexpr int64_t bound_width(int64_t d_in) { return (d_in + 3 + 7) / 8 * 8; }

@@ -134,4 +134,21 @@ extern const Kernels kKernelsAvx512;
 extern const Kernels kKernelsAvx512Vbmi2;
 #endif
 
+// ---- Bounds of a product: see bounds.h -----------------------------------------------------------------------------
+
+struct RowNorms {
+  double whole;
+  double rounded;
+  double rest;  // whole - rounded, element by element
+};
+
+struct BoundKernels {
+  RowNorms (*round_row)(const float* row, int64_t n, uint16_t* rounded);  // to bfloat16
+  float (*dot)(const float* x, const float* row, int64_t n);
+};
+
+#if defined(__x86_64__)
+extern const BoundKernels kBoundKernelsAvx512Bf16;
+#endif
+
 }  // namespace pyfacts::cpu

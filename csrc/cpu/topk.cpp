@@ -82,8 +82,7 @@ int64_t search_row(const Block& block, int64_t row, int64_t first_feature, const
 
 }  // namespace
 
-// ---- per token
-// -------------------------------------------------------------------------------------------------------
+// ---- per token ------------------------------------------------------------------------------------------------------
 
 // A selection follows a segment that brought as many candidates again as are kept; a whole segment may be one more.
 // Waiting for more of them makes selections fewer but larger, and the floor rises later: that costs more in all.
@@ -151,8 +150,7 @@ void TopK::finish_rows(ParallelFor parallel_for) {
   }
 }
 
-// ---- over the batch
-// --------------------------------------------------------------------------------------------------
+// ---- over the batch -------------------------------------------------------------------------------------------------
 
 BatchTopK::BatchTopK(DType dtype, int64_t n_tokens, int64_t n_features, int64_t k)
     : rank_(dtype, Order::value),
