@@ -15,11 +15,20 @@ if _storage.isa_error():  # PYFACTS_ISA names what this CPU does not run
 
 from .dump.errors import DumpError, DumpInterrupted
 from .dump.reader import Dump, open_dump
-from .errors import CheckpointError, HookNeverFired, OutOfRangeError
+from .errors import CheckpointError, HookNeverFired, OutOfRangeError, UnknownHookError
 
 __version__ = "0.1.0"
 
-__all__ = ["CheckpointError", "Dump", "DumpError", "DumpInterrupted", "HookNeverFired", "OutOfRangeError", "open_dump"]
+__all__ = [
+    "CheckpointError",
+    "Dump",
+    "DumpError",
+    "DumpInterrupted",
+    "HookNeverFired",
+    "OutOfRangeError",
+    "UnknownHookError",
+    "open_dump",
+]
 
 # A dump can be read with NumPy alone, so torch may be missing.
 if importlib.util.find_spec("torch") is not None:

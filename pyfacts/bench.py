@@ -226,6 +226,8 @@ def capture_case(model: nn.Module, token_ids: Tensor) -> Case:
 
     import pyfacts
 
+    from .encoding import density_of
+
     def forward() -> None:
         with torch.inference_mode():
             model(token_ids)
@@ -238,7 +240,7 @@ def capture_case(model: nn.Module, token_ids: Tensor) -> Case:
     parts = [part for part in captured().values() if isinstance(part, pyfacts.EncodedActivations)]
     dense = sum(part.shape.numel() * part.dtype.itemsize for part in parts)
     packed = sum(part.nbytes for part in parts)
-    density = sum(part.nnz for part in parts) / sum(part.shape.numel() for part in parts)
+    density = density_of(parts)
     facts = {"op": "capture", "n_tokens": token_ids.numel(), "n_layers": len(parts), "density": density}
     name = f"capture {len(parts)} layers of {parts[0].shape[1]:,}, {token_ids.numel():,} tokens, {density:.1%}"
     return Case(name, captured, {"forward alone": forward}, dense, dense + packed, facts)

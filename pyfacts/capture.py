@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .attach import SaesByHook, resolve_captured
-from .encoding import EncodedActivations
+from .encoding import EncodedActivations, density_of
 from .errors import UnknownHookError
 from .hook_point import HookPoint
 from .models import NamesFilter
@@ -193,9 +193,7 @@ class ActivationCache(Mapping[str, Activations]):
             tokens = sum(len(part) for part in parts)
             n_bytes = sum(part.nbytes for part in parts)
             encoded = [part for part in parts if isinstance(part, EncodedActivations)]
-            nnz = sum(part.nnz for part in encoded)
-            elements = sum(part.shape.numel() for part in encoded)
-            shown = f"density {nnz / elements:.2%}" if elements else "rows" if parts else "nothing yet"
+            shown = f"density {density_of(encoded):.2%}" if encoded else "rows" if parts else "nothing yet"
             width = parts[0].shape[1] if parts else self._points[name].width
             lines.append(f"  {name}: [{tokens}, {width}], {shown}, {n_bytes:,} bytes")
         return "\n".join(lines)
@@ -210,9 +208,7 @@ def warn_if_dense(parts: Iterable[Activations]) -> bool:
     Returns:
         Whether it warned.
     """
-    encoded = [part for part in parts if isinstance(part, EncodedActivations)]
-    elements = sum(part.shape.numel() for part in encoded)
-    density = sum(part.nnz for part in encoded) / elements if elements else 0.0
+    density = density_of(part for part in parts if isinstance(part, EncodedActivations))
     if density <= DENSE_ABOVE:
         return False
     warn(

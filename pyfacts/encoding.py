@@ -1,6 +1,6 @@
 """The `EncodedActivations` record and the functions that make one."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -261,6 +261,12 @@ def _sq_norm(encoding: EncodedActivations) -> Tensor:
         return encoding.sq_norm
     crow, _, values = ops.to_csr(encoding.planes, encoding.n_features)
     return torch.segment_reduce(values.double().square(), "sum", offsets=crow, initial=0)
+
+
+def density_of(encodings: Iterable[EncodedActivations]) -> float:
+    """Share of some matrices that is stored, all taken together; 0 if they have no elements."""
+    encodings = list(encodings)
+    return sum(enc.nnz for enc in encodings) / max(1, sum(enc.shape.numel() for enc in encodings))
 
 
 def check_matrix(name: str, x: Tensor) -> None:

@@ -233,19 +233,18 @@ class ActivationStream:
         tokens = forward.tokens.setdefault(point.stream, Tokens())
         tokens.settle(x, self.token_mask, point)
         taken = forward.taken.setdefault(point.name, Taken(point.stream))
-        x, counts = tokens.choose(x, taken, point.name)
+        x, shared = tokens.choose(x, taken, point.name)
         x = within_reach(x)
         if point in self.saes:
             part: Activations | Draining = forward.drain.move(encode_latents(point, self._sae_on(point, x.device), x))
         elif point.kind == "rows":
             # A copy: the model may go on to change the tensor in place, and a view would keep all of it alive.
-            part = forward.drain.move(x.clone() if counts is None else x)
+            part = forward.drain.move(x.clone() if shared else x)
         elif self.select is None:
             part = forward.drain.encode(x)
         else:
             part = forward.drain.move(self.select.encode(x))
         taken.parts.append(part)
-        taken.counts.append(counts)
 
     def _sae_on(self, point: HookPoint, device: torch.device) -> SparseAutoencoder:
         """The SAE of a hook, moved at its first activations to where they are."""

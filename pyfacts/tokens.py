@@ -45,9 +45,8 @@ class Taken:
 
     stream: str
     parts: list[Activations | Draining] = field(default_factory=list)
-    counts: list[list[int] | None] = field(default_factory=list)  # chosen tokens by sequence, None if all were
+    counts: list[list[int]] = field(default_factory=list)  # of parts that split sequences: chosen tokens of each
     seen: int = 0
-    split_sequences: bool = False
 
     def join(self, name: str, tokens: Tokens) -> Activations:
         """One part with its rows in the order of (sequence, position)."""
@@ -59,11 +58,11 @@ class Taken:
         parts = [part.finish() if isinstance(part, Draining) else part for part in self.parts]
         if len(parts) == 1:
             return parts[0]
-        if not self.split_sequences:
+        if not self.counts:
             return join(parts)
-        ends = [[0, *itertools.accumulate(counts)] for counts in self.counts if counts is not None]
+        ends = [list(itertools.accumulate(counts, initial=0)) for counts in self.counts]
         return join(
-            [part[end[s] : end[s + 1]] for s in range(tokens.batch) for part, end in zip(parts, ends, strict=False)]
+            [part[end[s] : end[s + 1]] for s in range(tokens.batch) for part, end in zip(parts, ends, strict=True)]
         )
 
 
@@ -167,8 +166,8 @@ class Tokens:
             "capture"
         )
 
-    def choose(self, x: Tensor, taken: Taken, name: str) -> tuple[Tensor, list[int] | None]:
-        """The wanted rows of x as [n, width], and how many of each sequence (None if x is the whole forward's)."""
+    def choose(self, x: Tensor, taken: Taken, name: str) -> tuple[Tensor, bool]:
+        """The wanted rows of x as [n, width], and whether they are x's own memory."""
         rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
         start, taken.seen = taken.seen, taken.seen + rows.shape[0]
         if taken.seen > self.n_tokens:
@@ -184,24 +183,19 @@ class Tokens:
                     "which pyfacts does not know"
                 )
             if self.mask is None:
-                return rows, None
+                return rows, True
             if rows.device not in self._indices:
                 self._indices[rows.device] = self.mask.flatten().nonzero().squeeze(1).to(rows.device)
-            return rows.index_select(0, self._indices[rows.device]), []
+            return rows.index_select(0, self._indices[rows.device]), False
         # A chunk: some positions of every sequence (BERT's chunked feed-forward), or some rows of a flat matrix.
+        wanted = self._all() if self.mask is None else self.mask
         if x.dim() == 3 and x.shape[0] == self.batch:
-            taken.split_sequences = True
             first = start // self.batch
-            mask = torch.ones(x.shape[:2], dtype=torch.bool, device="cpu") if self.mask is None else self.mask
-            mask = mask if self.mask is None else mask[:, first : first + x.shape[1]]
-            counts = mask.sum(1).tolist()
+            wanted = wanted[:, first : first + x.shape[1]]
+            taken.counts.append(wanted.sum(1).tolist())
         else:
-            mask = (
-                torch.ones(rows.shape[0], dtype=torch.bool, device="cpu") if self.mask is None else self.mask.flatten()
-            )
-            mask = mask if self.mask is None else mask[start : taken.seen]
-            counts = []
-        return rows.index_select(0, mask.flatten().nonzero().squeeze(1).to(rows.device)), counts
+            wanted = wanted.flatten()[start : taken.seen]
+        return rows.index_select(0, wanted.flatten().nonzero().squeeze(1).to(rows.device)), False
 
     def positions(self, end: End) -> Tensor:
         """(sequence, position) int64 [n, 2] of the wanted tokens; `end` says where the last forward was, and is moved.
@@ -210,9 +204,11 @@ class Tokens:
         """
         first = end.first if self._continues(end) else end.first + end.batch
         end.first, end.batch, end.position = first, self.batch, self.past + self.length
-        everything = torch.ones(self.batch, self.length, dtype=torch.bool, device="cpu")
-        grid = everything if self.mask is None else self.mask.cpu()
+        grid = self._all() if self.mask is None else self.mask.cpu()
         return grid.nonzero() + torch.tensor([first, self.past], device="cpu")
+
+    def _all(self) -> Tensor:
+        return torch.ones(self.batch, self.length, dtype=torch.bool, device="cpu")
 
     def _continues(self, end: End) -> bool:
         return self.past > 0 and end.batch == self.batch and end.position == self.past

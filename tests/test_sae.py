@@ -173,7 +173,7 @@ def test_decode_of_normalised_tokens_needs_the_tokens():
             "threshold must not be NaN, and that of latent 0 is",
         ),
         ({"input_norm": "batch"}, "input_norm must be None, .* got 'batch'"),
-        ({"W_enc": torch.zeros(3)}, r"W_enc must be a tensor \[d_in, d_sae\], got \(3,\)"),
+        ({"W_enc": torch.zeros(3)}, r"W_enc must be \[d_in, d_sae\], got \[3\]"),
         ({"b_enc": torch.zeros(D_IN)}, r"b_enc must be \[20\] .* got \[6\]"),
         ({"W_dec": torch.zeros(D_IN, D_SAE)}, r"W_dec must be \[20, 6\] .* got \[6, 20\]"),
         ({"b_dec": torch.zeros(D_IN, device="meta")}, "b_dec must be on the device of W_enc, cpu, got meta"),
@@ -188,6 +188,7 @@ def test_refused_values(changes, message):
     "changes, message",
     [
         ({"activation": "topk", "k": 2.0}, "k must be an int, got 2.0"),
+        ({"W_enc": [1.0]}, "W_enc must be a torch.Tensor, got list"),
         ({"W_enc": torch.zeros(D_IN, D_SAE, dtype=torch.float64)}, "W_enc must be float32, bfloat16 or float16"),
         ({"b_dec": torch.zeros(D_IN, dtype=torch.float16)}, "b_dec must have the dtype of W_enc"),
         ({"b_enc": [0.0] * D_SAE}, "b_enc must be a torch.Tensor, got list"),

@@ -182,7 +182,7 @@ def test_sae_lens_fields(tmp_path, config, words):
     refused(sae_lens(tmp_path, config), *words)
 
 
-@pytest.mark.parametrize("k, words", [(0, "positive integer, got 0"), (9, "1 to d_sae (8), got 9"), (2.5, "got 2.5")])
+@pytest.mark.parametrize("k, words", [(0, "positive integer, got 0"), (9, "1 to 8, got 9"), (2.5, "got 2.5")])
 def test_sae_lens_k(tmp_path, k, words):
     refused(sae_lens(tmp_path, {"architecture": "topk", "k": k}, threshold=None), "cfg.json", "'k' must be", words)
 

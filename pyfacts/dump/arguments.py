@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import _library, cuda
 from ..attach import SaesByHook, SparseAutoencoder, resolve_captured
 from ..hook_point import HookPoint
-from ..models import unwrap
+from ..models import NamesFilter, unwrap
 from ..warn import warn
 from .documents import tokenizer_of
 
@@ -79,7 +79,7 @@ def load_tokenizer(tokenizer: Any, model: nn.Module, name: str | None) -> Any:
 
 
 def dumped_points(
-    model: nn.Module, names_filter: Any, saes: SaesByHook | None
+    model: nn.Module, names_filter: NamesFilter, saes: SaesByHook | None
 ) -> tuple[list[HookPoint], dict[HookPoint, SparseAutoencoder]]:
     """The hooks that a filter names and those of SAEs' latents; all must read one stream of tokens."""
     points, latents = resolve_captured(model, names_filter, saes)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from .. import _storage
+from ..scalars import in_range
 from .layout import ITEM_BYTES
 
 BITS = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
@@ -65,7 +66,7 @@ class NumpyActivations:
 
     def neuron(self, j: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the tokens (int64 [n], ascending) at which feature j is stored, and its values there."""
-        tokens, values = self._encoding().neuron(j % self.n_features if -self.n_features <= j < 0 else j)
+        tokens, values = self._encoding().neuron(in_range("feature", j, self.n_features))
         return tokens, _floats(values.view(BITS[self.dtype]), self.dtype)
 
     def _encoding(self) -> "_storage.Encoding":

@@ -146,6 +146,11 @@ class Dump:
         Args:
             window: tokens of a context: up to half of them before the firing one, the rest after it; fewer at the ends
                 of a sequence, beyond which the model saw nothing.
+
+        Raises:
+            UnknownHookError: (a ValueError and a KeyError) the hook was not dumped.
+            ValueError: a number is out of range, or the hook was dumped as plain rows.
+            DumpError: bytes are damaged.
         """
         window = at_least_one("window", window)
         reader = self[hook]
@@ -191,7 +196,7 @@ class Dump:
             rank, world_size: for data parallel training: the ranks' tokens are disjoint.
 
         Raises:
-            KeyError: a hook was not dumped.
+            UnknownHookError: (a ValueError and a KeyError) a hook was not dumped.
             ValueError: a number is out of range.
         """
         names = [hooks] if isinstance(hooks, str) else list(hooks)
@@ -388,6 +393,11 @@ class DumpedHook:
 
         Reads that neuron's column of every block, 256 neurons wide, and nothing else; the neurons of the column that
         are asked for next come from memory.
+
+        Raises:
+            OutOfRangeError: (a ValueError and an IndexError) j is not in [-width, width).
+            ValueError: the hook was dumped as plain rows.
+            DumpError: bytes are damaged.
         """
         j = self._feature(j)
         found = [self._neuron_bits(shard, j) for shard in self._dump._records]
@@ -402,6 +412,9 @@ class DumpedHook:
 
         Exact; equal values in the order of their tokens; NaN and -infinity do not count. Shards are read in descending
         order of their maximum until none can hold a larger value.
+
+        Raises:
+            ValueError: k is below 1; and as `neuron`.
         """
         j = self._feature(j)
         k = at_least_one("k", k)
@@ -473,7 +486,7 @@ class DumpedHook:
         )
 
     def _neuron_in(self, shard: int, j: int) -> tuple[np.ndarray, np.ndarray]:
-        """The same with values as float32."""
+        """Tokens and values of a neuron in a shard, the values as float32."""
         tokens, bits = self._neuron_bits(shard, j)
         return tokens, np.asarray(numpy_framework().values(bits, self.dtype), np.float32)
 

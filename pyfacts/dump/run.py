@@ -2,17 +2,19 @@
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import zstandard
-from torch import nn
+from torch import Tensor, nn
 
 from .. import __version__
 from ..attach import SaesByHook
+from ..models import NamesFilter
 from ..scalars import at_least_one
+from ..select import Select
 from ..stream import ActivationStream, check_neurons_to_select, check_select
 from . import layout
 from .arguments import (
@@ -25,7 +27,7 @@ from .arguments import (
     rank_of_process,
 )
 from .fingerprint import describe_model, describe_sae, plain
-from .inputs import Survey, read_tokens
+from .inputs import MaskFunction, Survey, read_tokens
 from .layout import HookSpec
 from .plan import Plan
 from .reader import Dump, open_dump
@@ -38,13 +40,13 @@ def dump(
     model: nn.Module | str | os.PathLike[str],
     tokens: Any,
     out: str | os.PathLike[str],
-    names_filter: Any = None,
-    select: Any = None,
+    names_filter: NamesFilter = None,
+    select: Select | None = None,
     saes: SaesByHook | None = None,
     codec: str = "zstd",
     batch_size: int = 8,
     context_size: int | None = None,
-    token_mask: Any = None,
+    token_mask: MaskFunction | Tensor | np.ndarray | Sequence[Sequence[bool]] | None = None,
     shard_tokens: int = 65536,
     rank: int | None = None,
     world_size: int | None = None,

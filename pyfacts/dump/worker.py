@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..capture import DENSE_ABOVE
-from ..encoding import EncodedActivations
+from ..encoding import EncodedActivations, density_of
 from ..stream import ActivationStream
 from ..wording import human_bytes
 from . import layout
@@ -328,7 +328,7 @@ def _seen(planned: HookSpec, part: EncodedActivations | Tensor) -> HookSpec:
 def _refuse_dense(parts: Mapping[str, Any], n_tokens: int) -> None:
     """Raises ValueError if the neurons of the first batch are dense, all hooks taken together."""
     encoded = {name: part for name, part in parts.items() if isinstance(part, EncodedActivations)}
-    density = sum(part.nnz for part in encoded.values()) / max(1, sum(part.shape.numel() for part in encoded.values()))
+    density = density_of(encoded.values())
     if density <= DENSE_ABOVE:
         return
     name, densest = max(encoded.items(), key=lambda item: item[1].density)

@@ -45,10 +45,12 @@ class Config:
             raise self.error(field, f"must be an object, got {fields!r}")
         return Config(self.path, fields)
 
-    def integer(self, field: str, default: int | None = None) -> int:
+    def integer(self, field: str, default: int | None = None, at_most: int | None = None) -> int:
         value = self.get(field, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise self.error(field, f"must be a positive integer, got {value!r}")
+        if at_most is not None and value > at_most:
+            raise self.error(field, f"must be 1 to {at_most}, got {value}")
         return value
 
     def flag(self, field: str, default: bool) -> bool:

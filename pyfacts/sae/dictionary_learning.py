@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from .checkpoint import Config, Tensors
 from .files import read_torch
-from .fold import project, row_norms, scale_rows
+from .fold import folded, project, row_norms, scale_rows
 from .gated import gated_to_jumprelu
 from .record import SAE
 
@@ -74,33 +74,33 @@ def _auto_encoder(tensors: Tensors, dtype: torch.dtype | None, trainer: Config) 
         scale_rows(weight, norms)
         scale_rows(W_dec, 1 / norms)
         b_enc = b_enc * norms
-    return _assemble(weight, b_enc - project(weight, b_dec), W_dec, b_dec)
+    return folded(weight, b_enc - project(weight, b_dec), W_dec, b_dec)
 
 
 def _auto_encoder_new(tensors: Tensors, dtype: torch.dtype | None, trainer: Config) -> SAE:
     weight, W_dec = _linear_weights(tensors, dtype)
     b_enc = tensors.vector("encoder.bias", len(weight))
-    return _assemble(weight, b_enc, W_dec, tensors.vector("decoder.bias", weight.shape[1]))
+    return folded(weight, b_enc, W_dec, tensors.vector("decoder.bias", weight.shape[1]))
 
 
 def _gated(tensors: Tensors, dtype: torch.dtype | None, trainer: Config) -> SAE:
     weight, W_dec = _linear_weights(tensors, dtype)
     b_dec = tensors.vector("decoder_bias", weight.shape[1])
     b_enc, threshold = gated_to_jumprelu(tensors, weight, b_dec, b_gate="gate_bias", b_mag="mag_bias")
-    return _assemble(weight, b_enc, W_dec, b_dec, activation="jumprelu", threshold=threshold)
+    return folded(weight, b_enc, W_dec, b_dec, activation="jumprelu", threshold=threshold)
 
 
 def _topk(tensors: Tensors, dtype: torch.dtype | None, trainer: Config) -> SAE:
     tensors.number("threshold")  # for encode(use_threshold=True), which is not the default
     k = _k(tensors, trainer, tensors.matrix_shape("encoder.weight")[0])
-    return _assemble(*_centred_linear(tensors, dtype), activation="topk", k=k)
+    return folded(*_centred_linear(tensors, dtype), activation="topk", k=k)
 
 
 def _batch_topk(tensors: Tensors, dtype: torch.dtype | None, trainer: Config) -> SAE:
     d_sae = tensors.matrix_shape("encoder.weight")[0]
     _k(tensors, trainer, d_sae)
     threshold = torch.full((d_sae,), tensors.number("threshold"), dtype=torch.float64)
-    return _assemble(*_centred_linear(tensors, dtype), activation="jumprelu", threshold=threshold)
+    return folded(*_centred_linear(tensors, dtype), activation="jumprelu", threshold=threshold)
 
 
 def _matryoshka(tensors: Tensors, dtype: torch.dtype | None, trainer: Config) -> SAE:
@@ -112,12 +112,12 @@ def _matryoshka(tensors: Tensors, dtype: torch.dtype | None, trainer: Config) ->
     threshold = torch.full((d_sae,), tensors.number("threshold"), dtype=torch.float64)
     weight, b_enc, W_dec, b_dec = _matrices(tensors, dtype)
     b_enc = b_enc - project(weight, b_dec)
-    return _assemble(weight, b_enc, W_dec, b_dec, activation="jumprelu", threshold=threshold)
+    return folded(weight, b_enc, W_dec, b_dec, activation="jumprelu", threshold=threshold)
 
 
 def _jumprelu(tensors: Tensors, dtype: torch.dtype | None, trainer: Config) -> SAE:
     threshold = tensors.vector("threshold", tensors.matrix_shape("W_enc")[1])
-    return _assemble(*_matrices(tensors, dtype), activation="jumprelu", threshold=threshold)
+    return folded(*_matrices(tensors, dtype), activation="jumprelu", threshold=threshold)
 
 
 LOADERS: dict[str, Callable[[Tensors, torch.dtype | None, Config], SAE]] = {
@@ -158,17 +158,3 @@ def _k(tensors: Tensors, trainer: Config, d_sae: int) -> int:
         raise tensors.error("k", f"must be 1 to {d_sae}, the number of latents, got {k}")
     trainer.expect("k", k, f"that is the k of {tensors.path.name}")
     return k
-
-
-def _assemble(
-    weight: Tensor,
-    b_enc: Tensor,
-    W_dec: Tensor,
-    b_dec: Tensor,
-    activation: str = "relu",
-    threshold: Tensor | None = None,
-    k: int | None = None,
-) -> SAE:
-    dtype = weight.dtype
-    threshold = None if threshold is None else threshold.to(dtype)
-    return SAE(weight.T, b_enc.to(dtype), W_dec, b_dec.to(dtype), activation, threshold, k)

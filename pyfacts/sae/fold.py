@@ -4,9 +4,12 @@
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .record import SAE
 
 BLOCK_ELEMENTS = 1 << 22
 
@@ -27,6 +30,15 @@ def scale_rows(matrix: Tensor, scale: Tensor) -> None:
     for block in _blocks(matrix):
         block.copy_(block.double() * scale[start : start + len(block), None])
         start += len(block)
+
+
+def folded(
+    weight: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, threshold: Tensor | None = None, **fields: Any
+) -> SAE:
+    """The SAE of the matrices and of float64 vectors, which take the matrices' dtype; `fields` as of `SAE`."""
+    dtype = weight.dtype
+    threshold = None if threshold is None else threshold.to(dtype)
+    return SAE(weight.T, b_enc.to(dtype), W_dec, b_dec.to(dtype), threshold=threshold, **fields)
 
 
 def _blocks(matrix: Tensor) -> Iterator[Tensor]:

@@ -13,6 +13,7 @@ import torch
 from ..errors import CheckpointError
 from ..warn import warn
 from .files import read_npz
+from .fold import folded
 from .record import SAE
 
 TRANSCODERS = re.compile(r"gemma-scope[^/]*transcoder")
@@ -39,12 +40,4 @@ def load(path: Path, dtype: torch.dtype | None) -> SAE:
     b_dec = tensors.vector("b_dec", d_in)
     threshold = tensors.vector("threshold", d_sae)
     tensors.finish()
-    return SAE(
-        weight.T,
-        b_enc.to(dtype),
-        W_dec,
-        b_dec.to(dtype),
-        activation="jumprelu",
-        threshold=threshold.to(dtype),
-        source_format="gemma_scope",
-    )
+    return folded(weight, b_enc, W_dec, b_dec, threshold, activation="jumprelu", source_format="gemma_scope")

@@ -40,7 +40,7 @@ class SAE:
         source_format: "sae_lens", "gemma_scope", "sparsify", "dictionary_learning", or "tensors".
 
     Raises:
-        TypeError: a dtype is not supported, or dtypes differ.
+        TypeError: a weight is not a tensor, a dtype is not supported, or dtypes differ.
         ValueError: shapes or devices do not fit, the activation is unknown, or its threshold or k is missing, out of
             range, NaN, or given where none belongs.
 
@@ -249,9 +249,10 @@ class SAE:
         return self._tokens(x).to(self.dtype)
 
     def _check_tensors(self) -> None:
-        if not isinstance(self.W_enc, Tensor) or self.W_enc.dim() != 2:
-            got = tuple(self.W_enc.shape) if isinstance(self.W_enc, Tensor) else type(self.W_enc).__name__
-            raise ValueError(f"W_enc must be a tensor [d_in, d_sae], got {got}")
+        if not isinstance(self.W_enc, Tensor):
+            raise TypeError(f"W_enc must be a torch.Tensor, got {type(self.W_enc).__name__}")
+        if self.W_enc.dim() != 2:
+            raise ValueError(f"W_enc must be [d_in, d_sae], got {list(self.W_enc.shape)}")
         if self.dtype not in DTYPES:
             raise TypeError(f"W_enc must be float32, bfloat16 or float16, got {self.dtype}; convert it with .to(...)")
         d_in, d_sae = self.W_enc.shape

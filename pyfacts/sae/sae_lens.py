@@ -13,7 +13,7 @@ from torch import Tensor
 from ..warn import warn
 from .checkpoint import Config, Tensors
 from .files import read_safetensors
-from .fold import project, row_norms, scale_rows
+from .fold import folded, project, row_norms, scale_rows
 from .gated import gated_to_jumprelu
 from .input_norm import INPUT_NORMS
 from .record import SAE
@@ -65,16 +65,18 @@ def load(path: Path, dtype: torch.dtype | None) -> SAE:
         threshold = _threshold(architecture, tensors, d_sae)
     if architecture in ("topk", *BATCH_TOPK) and config.flag("rescale_acts_by_decoder_norm", False):
         b_enc = _fold_decoder_norms(weight, b_enc, W_dec)
-    k = _k(config, d_sae) if architecture == "topk" else None
+    k = None
+    if architecture == "topk":
+        k = config.integer("k", config.section("activation_fn_kwargs").get("k"), at_most=d_sae)
     _drop_unit_scaling(tensors, d_sae)
     tensors.finish()
-    return SAE(
-        weight.T,
-        b_enc.to(dtype),
+    return folded(
+        weight,
+        b_enc,
         W_dec,
-        b_dec.to(dtype),
+        b_dec,
+        threshold,
         activation="topk" if k else "relu" if threshold is None else "jumprelu",
-        threshold=None if threshold is None else threshold.to(dtype),
         k=k,
         architecture=architecture,
         input_norm=input_norm,
@@ -158,13 +160,6 @@ def _threshold(architecture: str, tensors: Tensors, d_sae: int) -> Tensor | None
     if "log_threshold" in tensors:  # training checkpoints of older versions
         return tensors.vector("log_threshold", d_sae).exp()
     return tensors.vector("threshold", d_sae)
-
-
-def _k(config: Config, d_sae: int) -> int:
-    k = config.integer("k", config.section("activation_fn_kwargs").get("k"))
-    if k > d_sae:
-        raise config.error("k", f"must be 1 to d_sae ({d_sae}), got {k}")
-    return k
 
 
 def _fold_decoder_norms(weight: Tensor, b_enc: Tensor, W_dec: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 
 from .checkpoint import Config
 from .files import read_safetensors
-from .fold import project
+from .fold import folded, project
 from .record import SAE
 
 
@@ -19,9 +19,7 @@ def load(path: Path, dtype: torch.dtype | None) -> SAE:
     tensors = read_safetensors(path)
     d_sae, d_in = tensors.matrix_shape("encoder.weight")
     _check_sizes(config, d_in, d_sae)
-    k = config.integer("k", 32)
-    if k > d_sae:
-        raise config.error("k", f"must be 1 to {d_sae}, the number of latents, got {k}")
+    k = config.integer("k", 32, at_most=d_sae)
 
     dtype = dtype or tensors.dtype("encoder.weight")
     weight = tensors.rows("encoder.weight", (d_sae, d_in), dtype)
@@ -29,15 +27,8 @@ def load(path: Path, dtype: torch.dtype | None) -> SAE:
     bias = tensors.vector("encoder.bias", d_sae)
     b_dec = tensors.vector("b_dec", d_in)
     tensors.finish()
-    return SAE(
-        weight.T,
-        (bias - project(weight, b_dec)).to(dtype),
-        W_dec,
-        b_dec.to(dtype),
-        activation="topk",
-        k=k,
-        source_format="sparsify",
-    )
+    b_enc = bias - project(weight, b_dec)
+    return folded(weight, b_enc, W_dec, b_dec, activation="topk", k=k, source_format="sparsify")
 
 
 def _refuse(config: Config) -> None:
