@@ -13,7 +13,7 @@ import pyfacts
 from pyfacts import _storage
 from pyfacts.dump.blocks import storage_encoding
 from pyfacts.dump.codec import CodecError, codec_of
-from pyfacts.dump.statistics import as_bytes
+from pyfacts.dump.digest import as_bytes
 
 NAMES = pytest.mark.parametrize("name", ["zstd", "split"])
 

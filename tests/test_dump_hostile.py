@@ -18,10 +18,10 @@ from test_dump_golden import GOLDEN, make
 
 from pyfacts.dump import plan as plan_module
 from pyfacts.dump.container import TensorFile
+from pyfacts.dump.digest import xxh3
 from pyfacts.dump.errors import DumpError
 from pyfacts.dump.layout import PLANES
 from pyfacts.dump.reader import open_dump
-from pyfacts.dump.statistics import column_digest
 from pyfacts.dump.store import Directory
 
 FUZZ = settings(
@@ -210,7 +210,7 @@ class Forger:
                 self._sign_columns(block)
         if "feature/nnz" in self.tensors:
             stats = [self.tensors[f"feature/{name}"] for name in ("nnz", "sum", "sum_sq", "max")]
-            self.tensors["feature/xxh3"][:] = column_digest(stats).to_bytes(8, "little")
+            self.tensors["feature/xxh3"][:] = xxh3(*stats).to_bytes(8, "little")
         head = header if header is not None else json.dumps(self.header()).encode()
         head = struct.pack("<Q", len(head)) + head
         data = b"".join(self.tensors.values())
@@ -237,7 +237,7 @@ class Forger:
                 if not 0 <= begin <= end <= len(tensor):
                     return
                 frames.append(tensor[begin:end])
-            self.tensors[f"{block}/column_xxh3"][8 * c : 8 * c + 8] = column_digest(frames).to_bytes(8, "little")
+            self.tensors[f"{block}/column_xxh3"][8 * c : 8 * c + 8] = xxh3(*frames).to_bytes(8, "little")
 
 
 @CODECS

@@ -87,15 +87,12 @@ class TensorWriter:
         self._written_back = 0
         self._file.write(bytes(8 + header_bytes))
 
-    def add(self, name: str, dtype: str, shape: tuple[int, ...], *pieces: Any) -> None:
-        """Appends a tensor, given as contiguous buffers that follow one another."""
-        begin = self._offset
-        for piece in pieces:
-            view = memoryview(piece).cast("B")
-            self._file.write(view)
-            self._offset += view.nbytes
-        if self._offset - begin != math.prod(shape) * ITEM_BYTES[dtype] or name in self._tensors:
-            raise AssertionError(f"{name}: {self._offset - begin} bytes for {dtype} {shape}, or written twice")
+    def add(self, name: str, dtype: str, shape: tuple[int, ...], data: bytes | memoryview) -> None:
+        """Appends a tensor."""
+        if len(data) != math.prod(shape) * ITEM_BYTES[dtype] or name in self._tensors:
+            raise AssertionError(f"{name}: {len(data)} bytes for {dtype} {shape}, or written twice")
+        self._file.write(data)
+        begin, self._offset = self._offset, self._offset + len(data)
         self._tensors[name] = TensorInfo(dtype, shape, begin, self._offset)
 
     def pad(self, name: str) -> None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..attach import SparseAutoencoder
 from ..models import unwrap
-from .statistics import as_bytes
+from .digest import as_bytes
 
 # What torch.compile, DataParallel and FSDP put into parameter names.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")

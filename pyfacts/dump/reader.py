@@ -331,7 +331,7 @@ class DumpedHook:
         kept = total = 0.0
         for shard in self._dump._records:
             file = self._file(shard)
-            kept += float(file.statistics()[2].sum())
+            kept += float(file.statistics().sum_sq.sum())
             for block in range(len(file.blocks)):
                 sq_norm = file.sq_norm(block)
                 assert sq_norm is not None, "a lossy dump has the norms"
@@ -441,10 +441,10 @@ class DumpedHook:
         nnz, total, total_sq, maximum = new_statistics(self.width)
         for shard in self._dump._records:
             stats = self._file(shard).statistics()
-            nnz += stats[0]
-            total += stats[1]
-            total_sq += stats[2]
-            maximum = np.maximum(maximum, stats[3])
+            nnz += stats.nnz
+            total += stats.sum
+            total_sq += stats.sum_sq
+            maximum = np.maximum(maximum, stats.max)
         return FeatureStats(self._dump.n_tokens_committed, nnz, total, total_sq, maximum)
 
     # ---- inside ------------------------------------------------------------------------------------------------------
@@ -454,7 +454,7 @@ class DumpedHook:
 
     def _maxima(self, shard: int) -> np.ndarray:
         """The features' maxima in a shard, float32 [width]; kept, for they are asked for of neuron after neuron."""
-        return self._dump._maxima.get((shard, self.name), lambda: self._file(shard).statistics()[3])
+        return self._dump._maxima.get((shard, self.name), lambda: self._file(shard).statistics().max)
 
     def _block(self, shard: int, block: int) -> Any:
         """A block, checked: an encoding, or rows; the last ones are kept."""

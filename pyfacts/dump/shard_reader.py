@@ -12,10 +12,11 @@ from . import layout
 from .arrays import BITS
 from .codec import CodecError, Split, codec_of
 from .container import ITEM_BYTES, NUMPY_DTYPES, TensorFile
+from .digest import xxh3
 from .errors import DumpError
 from .layout import PLANES, HookSpec, TensorSpec
 from .plan import Plan, ShardRecord
-from .statistics import column_digest, new_statistics
+from .statistics import Statistics, new_statistics
 from .store import Store
 
 
@@ -35,7 +36,7 @@ class HookFile:
         expected = layout.metadata(hook, list(record.blocks), plan.codec, plan.signed_zero, record.token_start)
         _check_contents(self._file, layout.hook_file(hook, list(record.blocks), plan.codec, plan.lossy), expected)
         self._pointers: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
-        self._statistics: tuple[np.ndarray, ...] | None = None
+        self._statistics: Statistics | None = None
 
     def encoding(self, block: int) -> "_storage.Encoding":
         """Returns a block, all columns, checked. With codec "none" its index and values are the file's bytes, mapped
@@ -50,7 +51,7 @@ class HookFile:
         """Returns a block of plain rows [n_tokens, width]; bfloat16 as its bits."""
         name = f"{block}/rows"
         stored = self._file.bytes(name)
-        self._check_digest(f"{name}_xxh3", name, column_digest([stored]))
+        self._check_digest(f"{name}_xxh3", name, xxh3(stored))
         shape = (self.blocks[block], self.hook.width)
         if self._codec is not None:
             item = self.hook.item_bytes
@@ -64,15 +65,15 @@ class HookFile:
             return None
         name = f"{block}/sq_norm"
         array = self._file.array(name, "F64", (self.blocks[block],))
-        self._check_digest(f"{name}_xxh3", name, column_digest([array]))
+        self._check_digest(f"{name}_xxh3", name, xxh3(array))
         return array
 
-    def statistics(self) -> tuple[np.ndarray, ...]:
-        """Returns nnz i64, sum f64, sum_sq f64 and max f32 of every feature over the shard."""
+    def statistics(self) -> Statistics:
+        """Returns those of every feature over the shard."""
         if self._statistics is None:
             names = [name for name, _ in layout.STATISTICS]
             stored = [self._file.bytes(name) for name in names]
-            self._check_digest("feature/xxh3", names[0], column_digest(stored))
+            self._check_digest("feature/xxh3", names[0], xxh3(*stored))
             arrays = []
             for (name, dtype), data in zip(layout.STATISTICS, stored, strict=True):
                 if isinstance(self._codec, Split):
@@ -80,7 +81,7 @@ class HookFile:
                     with self._located(name, 0):
                         data = memoryview(self._codec.unpack(data, self.hook.width * item, item))
                 arrays.append(np.frombuffer(data, NUMPY_DTYPES[dtype]).copy())
-            self._statistics = tuple(arrays)
+            self._statistics = Statistics(*arrays)
         return self._statistics
 
     def _columns(self, block: int, begin: int, end: int, n_features: int) -> "_storage.Encoding":
@@ -95,7 +96,7 @@ class HookFile:
             for plane, bounds in zip(stored, cuts, strict=True)
         ]
         for c, column in enumerate(zip(*frames, strict=True)):
-            if column_digest(column) != int(digests[begin + c]):
+            if xxh3(*column) != int(digests[begin + c]):
                 # One digest covers the column's bytes in all four planes.
                 ranges = [
                     f"{name} at {self._file.offset(name, int(starts[begin + c, p]))} ({len(column[p])})"
@@ -235,7 +236,7 @@ class TokensFile:
         for i, name in enumerate(("document", "position", "token_ids")):
             dtype = self._id_dtype if name == "token_ids" else "I64"
             array = self._file.array(name, dtype, (self._n_tokens,))
-            if column_digest([array]) != int(digests[i]):
+            if xxh3(array) != int(digests[i]):
                 raise DumpError(
                     "its bytes do not fit their checksum in xxh3",
                     path=self._file.path,
@@ -268,8 +269,8 @@ def verify_hook_file(file: HookFile, nnz: int) -> None:
                 tensor=name,
                 offset=file._file.offset(name),
             )
-    if int(actual[0].sum()) != nnz:
-        raise DumpError(f"holds {actual[0].sum()} values, its commit record says {nnz}", path=file._file.path)
+    if int(actual.nnz.sum()) != nnz:
+        raise DumpError(f"holds {actual.nnz.sum()} values, its commit record says {nnz}", path=file._file.path)
 
 
 def block_starts(blocks: tuple[int, ...]) -> list[int]:

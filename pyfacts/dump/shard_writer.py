@@ -1,5 +1,6 @@
 """Writes one shard: a file per hook, a file of tokens, and at the end the record that makes them a part of the dump."""
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,11 @@ import numpy as np
 from .. import _storage
 from . import files, layout
 from .codec import Split, codec_of
-from .container import TensorWriter, header_room
-from .layout import HookSpec
+from .container import ITEM_BYTES, TensorWriter, header_room
+from .digest import as_bytes, xxh3
+from .layout import HookSpec, TensorSpec
 from .plan import FileRecord, Plan, ShardRecord, hook_file_name, record_name, shard_name
-from .statistics import as_bytes, column_digest, digest_array, new_statistics
+from .statistics import Statistics, new_statistics
 from .store import Store
 
 
@@ -54,25 +56,19 @@ class HookWriter:
             pieces = self._packed(pieces)
             np.cumsum([[len(p) for p in column] for column in pieces], axis=1, out=starts[1:].T)
             planes = [b"".join(column) for column in pieces]
-        digests = [column_digest(frames) for frames in zip(*pieces, strict=True)]
-
-        self._add(f"{block}/column_ptr", "I64", starts)
-        self._add(f"{block}/column_length", "I64", length)
-        self._add(f"{block}/column_xxh3", "U64", np.array(digests, np.uint64))
+        contents: dict[str, Any] = {
+            "column_ptr": starts,
+            "column_length": length,
+            "column_xxh3": np.array([xxh3(*frames) for frames in zip(*pieces, strict=True)], np.uint64),
+            **dict(zip(layout.PLANES, planes, strict=True)),
+        }
         if self._plan.lossy:
             if sq_norm is None:
                 raise AssertionError("a lossy plan needs the squared norm of every input row")
-            self._add(f"{block}/sq_norm", "F64", np.ascontiguousarray(sq_norm, np.float64))
-            self._add(f"{block}/sq_norm_xxh3", "U64", digest_array(sq_norm))
-        stored = dict(zip(layout.PLANES, planes, strict=True))
-        values = stored.pop("values")
-        if self._codec is None:
-            self._file.add(f"{block}/values", layout.SAFETENSORS_DTYPES[hook.dtype], (encoding.nnz,), values)
-        else:
-            self._file.add(f"{block}/values", "U8", (len(values),), values)
-        for name, plane in stored.items():
-            self._file.add(f"{block}/{name}", "U8", (len(plane),), plane)
-        self._file.pad(f"{block}/padding")
+            contents["sq_norm"] = np.ascontiguousarray(sq_norm, np.float64)
+            contents["sq_norm_xxh3"] = np.array([xxh3(contents["sq_norm"])], np.uint64)
+        specs = layout.neuron_block(hook, block, encoding.n_tokens, self._plan.codec, self._plan.lossy)
+        write_tensors(self._file, specs, contents)
         encoding.add_feature_stats(*self._statistics)
         self.nnz += encoding.nnz
         self.blocks.append(encoding.n_tokens)
@@ -84,12 +80,8 @@ class HookWriter:
         stored: Any = as_bytes(rows)
         if self._codec is not None:
             stored = self._codec.pack(stored, self._hook.item_bytes)
-        self._add(f"{block}/rows_xxh3", "U64", digest_array(stored))
-        if self._codec is None:
-            self._file.add(f"{block}/rows", layout.SAFETENSORS_DTYPES[self._hook.dtype], rows.shape, stored)
-        else:
-            self._file.add(f"{block}/rows", "U8", (len(stored),), stored)
-        self._file.pad(f"{block}/padding")
+        contents = {"rows_xxh3": np.array([xxh3(stored)], np.uint64), "rows": stored}
+        write_tensors(self._file, layout.row_block(self._hook, block, len(rows), self._plan.codec), contents)
         self.blocks.append(len(rows))
         self._file.start_writeback()
 
@@ -99,11 +91,9 @@ class HookWriter:
             stored: list[Any] = list(self._statistics)
             if isinstance(self._codec, Split):
                 stored = [self._codec.pack(as_bytes(array), array.itemsize) for array in stored]
-            specs = layout.statistics(self._hook, self._plan.codec)
-            for spec, array in zip(specs, stored, strict=False):
-                self._file.add(spec.name, spec.dtype, (len(array),), array)
-            self._file.pad("feature/padding")
-            self._add("feature/xxh3", "U64", digest_array(*stored))
+            contents = dict(zip(Statistics._fields, stored, strict=True))
+            contents["xxh3"] = np.array([xxh3(*stored)], np.uint64)
+            write_tensors(self._file, layout.statistics(self._hook, self._plan.codec), contents)
         return self._file.finish(self._metadata(self.blocks))
 
     def close(self) -> None:
@@ -124,9 +114,6 @@ class HookWriter:
             ]
         )
         return [packed[at : at + hook.n_columns] for at in range(0, len(packed), hook.n_columns)]
-
-    def _add(self, name: str, dtype: str, array: np.ndarray) -> None:
-        self._file.add(name, dtype, array.shape, array)
 
     def _metadata(self, blocks: list[int]) -> dict[str, str]:
         return layout.metadata(self._hook, blocks, self._plan.codec, self._plan.signed_zero, self._token_start)
@@ -205,20 +192,32 @@ class ShardWriter:
         token_ids, document, position = (np.concatenate(parts) for parts in zip(*self._tokens, strict=True))
         id_dtype, numpy_dtype = ("I32", "<i4") if self._plan.tokens["highest_id"] < 2**31 else ("I64", "<i8")
         arrays = {"document": document, "position": position, "token_ids": token_ids.astype(numpy_dtype)}
+        digests = np.array([xxh3(array) for array in arrays.values()], np.uint64)
         specs = layout.tokens_file(len(token_ids), id_dtype)
         metadata = layout.tokens_metadata(len(token_ids), self._plan.token_starts[self.shard])
         room = header_room(((spec.name, spec.dtype, len(spec.shape)) for spec in specs), metadata)
         file = TensorWriter(self._directory / f"{layout.TOKENS_FILE}.tmp", room)
         try:
-            for name, array in arrays.items():
-                file.add(name, "I64" if name != "token_ids" else id_dtype, array.shape, array)
-            file.pad("padding")
-            digests = np.array([column_digest([array]) for array in arrays.values()], np.uint64)
-            file.add("xxh3", "U64", digests.shape, digests)
+            write_tensors(file, specs, arrays | {"xxh3": digests})
             n_bytes, digest = file.finish(metadata)
         finally:
             file.close()
         return self._rename(layout.TOKENS_FILE, n_bytes, digest)
+
+
+def write_tensors(file: TensorWriter, specs: Iterable[TensorSpec], contents: Mapping[str, Any]) -> None:
+    """Writes tensors in the order of their specs, each from the contiguous buffer of its name's last part.
+
+    A size that a spec leaves open is the buffer's.
+    """
+    for spec in specs:
+        name = spec.name.rpartition("/")[2]
+        if name == "padding":
+            file.pad(spec.name)
+            continue
+        data = as_bytes(contents[name])
+        n_items = len(data) // ITEM_BYTES[spec.dtype]
+        file.add(spec.name, spec.dtype, tuple(n_items if n is None else n for n in spec.shape), data)
 
 
 def column_lengths(encoding: "_storage.Encoding", n_occupied: np.ndarray) -> np.ndarray:
