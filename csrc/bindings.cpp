@@ -154,10 +154,9 @@ class Encoding {
     if (start < 0 || start > stop || stop > view.n_tokens)
       throw py::index_error("tokens " + std::to_string(start) + ":" + std::to_string(stop) +
                             " are out of range: there are " + std::to_string(view.n_tokens));
-    int64_t index_size = 0;
-    int64_t n_values = 0;
-    raise_if(without_gil([&] { return cpu::slice_sizes(view, start, stop, &index_size, &n_values); }));
-    return make(stop - start, index_size, n_values,
+    cpu::PlaneSizes sizes;
+    raise_if(without_gil([&] { return cpu::slice_sizes(view, start, stop, &sizes, cpu::run_serially); }));
+    return make(stop - start, sizes.index_bytes, sizes.n_values,
                 [&](const cpu::Planes& out) { return cpu::slice(view, start, stop, out, cpu::run_serially); });
   }
 
@@ -185,16 +184,16 @@ class Encoding {
     }
     const Encoding& first = *parts[0];
     std::vector<cpu::Encoding> views;
-    int64_t n_tokens = 0, index_size = 0, n_values = 0;
+    int64_t n_tokens = 0, index_bytes = 0, n_values = 0;
     for (const Encoding* part : parts) {
       if (part->view.n_features != first.view.n_features || part->view.dtype != first.view.dtype)
         throw py::value_error("cat needs encodings of one n_features and dtype");
       views.push_back(part->view);
       n_tokens += part->view.n_tokens;
-      index_size += part->view.index_bytes;
+      index_bytes += part->view.index_bytes;
       n_values += part->view.n_values;
     }
-    return first.make(n_tokens, index_size, n_values, [&](const cpu::Planes& out) {
+    return first.make(n_tokens, index_bytes, n_values, [&](const cpu::Planes& out) {
       return cpu::cat(views.data(), static_cast<int64_t>(views.size()), out, cpu::run_serially);
     });
   }
@@ -206,9 +205,9 @@ class Encoding {
  private:
   // A new encoding of this one's width and dtype, its planes written by `fill`.
   template <typename Fill>
-  std::unique_ptr<Encoding> make(int64_t n_tokens, int64_t index_size, int64_t n_values, Fill fill) const {
+  std::unique_ptr<Encoding> make(int64_t n_tokens, int64_t index_bytes, int64_t n_values, Fill fill) const {
     Array8 counts(std::vector<py::ssize_t>{n_columns(view.n_features), n_tokens});
-    Array8 index(index_size);
+    Array8 index(index_bytes);
     Array8 values(n_values * item_bytes(view.dtype));
     Array64 tile_ptr = tile_ptr_array(view.n_features, n_tokens);
     const cpu::Planes out{counts.mutable_data(), index.mutable_data(), values.mutable_data(), tile_ptr.mutable_data()};

@@ -40,6 +40,12 @@ constexpr int64_t column_width(int64_t n_features, int64_t column) {
   return left < kColumnWidth ? left : kColumnWidth;
 }
 
+// Tokens of a tile: 128, or what is left for the last one.
+constexpr int64_t tile_tokens(int64_t n_tokens, int64_t tile) {
+  const int64_t left = n_tokens - tile * kTileTokens;
+  return left < kTileTokens ? left : kTileTokens;
+}
+
 constexpr int64_t bitmap_bytes(int64_t width) { return ceil_div(width, 8); }
 
 // Whether a segment of `count` values lists positions (true) or carries a bitmap (false).

@@ -123,8 +123,8 @@ Planes slice(const Tensor& counts, const Tensor& index, const Tensor& values, co
   const cpu::Encoding encoding = view(counts, index, values, tile_ptr, n_features);
   STD_TORCH_CHECK(0 <= start && start <= stop && stop <= encoding.n_tokens, "tokens [", start, ", ", stop,
                   ") out of range for ", encoding.n_tokens, " tokens");
-  cpu::PlaneSizes sizes = {0, 0};
-  check_status(cpu::slice_sizes(encoding, start, stop, &sizes.index_bytes, &sizes.n_values));
+  cpu::PlaneSizes sizes;
+  check_status(cpu::slice_sizes(encoding, start, stop, &sizes, run_on_torch_threads));
   Planes out = empty_planes(values, stop - start, n_features, sizes);
   check_status(cpu::slice(encoding, start, stop, pointers(out), run_on_torch_threads));
   return out;

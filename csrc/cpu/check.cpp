@@ -68,14 +68,9 @@ bool any_zero(const uint8_t* values, int64_t n, uint32_t zero_mask) {
   return false;
 }
 
-struct Sizes {
-  int64_t index = 0;
-  int64_t values = 0;
-};
-
 // Adds the sizes of the segments [0, n_tokens) of one tile of a column. `index` points at the column's bytes.
 Status add_tile_sizes(const uint8_t* counts, int64_t n_tokens, int64_t width, const uint8_t* index,
-                      int64_t index_available, Sizes* sizes) {
+                      int64_t index_available, PlaneSizes* sizes) {
   const int64_t bitmap = bitmap_bytes(width);
   const uint8_t limit = static_cast<uint8_t>(bitmap);
   uint32_t total = 0;
@@ -91,9 +86,9 @@ Status add_tile_sizes(const uint8_t* counts, int64_t n_tokens, int64_t width, co
     while (counts[token] <= width) ++token;
     return {Fault::count_too_large, -1, token};
   }
-  if (sizes->index + total_index > index_available) return {Fault::index_size, -1, 0};
+  if (sizes->index_bytes + total_index > index_available) return {Fault::index_size, -1, 0};
   if (largest == kCountSaturated && width == kColumnWidth) {
-    const uint8_t* segment = index + sizes->index;
+    const uint8_t* segment = index + sizes->index_bytes;
     for (int64_t t = 0; t < n_tokens; ++t) {
       if (counts[t] == kCountSaturated) {
         const int64_t n = popcount(segment, bitmap);
@@ -104,20 +99,19 @@ Status add_tile_sizes(const uint8_t* counts, int64_t n_tokens, int64_t width, co
       segment += index_bytes(counts[t], width);
     }
   }
-  sizes->index += total_index;
-  sizes->values += total;
+  sizes->index_bytes += total_index;
+  sizes->n_values += total;
   return {};
 }
 
 // Walks a column tile by tile; at(tile, sizes before it) -> bool may stop the walk with a fault in tile_ptr.
 template <typename At>
 Status scan_column(const uint8_t* counts, const uint8_t* index, int64_t index_available, int64_t n_tokens,
-                   int64_t width, Sizes* sizes, At at) {
+                   int64_t width, PlaneSizes* sizes, At at) {
   for (int64_t tile = 0; tile < n_tiles(n_tokens); ++tile) {
     const int64_t first = tile * kTileTokens;
     if (!at(tile, *sizes)) return {Fault::tile_ptr, -1, first};
-    const int64_t n = n_tokens - first < kTileTokens ? n_tokens - first : kTileTokens;
-    Status status = add_tile_sizes(counts + first, n, width, index, index_available, sizes);
+    Status status = add_tile_sizes(counts + first, tile_tokens(n_tokens, tile), width, index, index_available, sizes);
     if (!status.ok()) {
       status.token += first;
       return status;
@@ -139,17 +133,14 @@ Fault check_segment(uint8_t count, int64_t width, const uint8_t* index, const ui
 }
 
 Status column_starts(const uint8_t* counts, const uint8_t* index, int64_t index_available, int64_t n_tokens,
-                     int64_t width, int64_t* tile_ptr, int64_t* index_total, int64_t* values_total) {
-  Sizes sizes;
-  const Status status =
-      scan_column(counts, index, index_available, n_tokens, width, &sizes, [&](int64_t tile, const Sizes& before) {
-        tile_ptr[2 * tile] = before.index;
-        tile_ptr[2 * tile + 1] = before.values;
-        return true;
-      });
-  *index_total = sizes.index;
-  *values_total = sizes.values;
-  return status;
+                     int64_t width, int64_t* tile_ptr, PlaneSizes* total) {
+  *total = {};
+  return scan_column(counts, index, index_available, n_tokens, width, total,
+                     [&](int64_t tile, const PlaneSizes& before) {
+                       tile_ptr[2 * tile] = before.index_bytes;
+                       tile_ptr[2 * tile + 1] = before.n_values;
+                       return true;
+                     });
 }
 
 // A column must end where the next one begins, and the last one with the planes.
@@ -162,17 +153,19 @@ Status check_column_layout(const Encoding& encoding, int64_t column) {
   if (first_index < 0 || first_index > encoding.index_bytes || first_value < 0 || first_value > encoding.n_values) {
     return {Fault::tile_ptr, column, 0};
   }
-  Sizes sizes;
-  Status status = scan_column(
-      encoding.counts + column * encoding.n_tokens, encoding.index + first_index, encoding.index_bytes - first_index,
-      encoding.n_tokens, column_width(encoding.n_features, column), &sizes, [&](int64_t tile, const Sizes& before) {
-        return starts[2 * tile] == first_index + before.index && starts[2 * tile + 1] == first_value + before.values;
-      });
+  PlaneSizes sizes;
+  Status status =
+      scan_column(encoding.counts + column * encoding.n_tokens, encoding.index + first_index,
+                  encoding.index_bytes - first_index, encoding.n_tokens, column_width(encoding.n_features, column),
+                  &sizes, [&](int64_t tile, const PlaneSizes& before) {
+                    return starts[2 * tile] == first_index + before.index_bytes &&
+                           starts[2 * tile + 1] == first_value + before.n_values;
+                  });
   if (!status.ok()) {
     status.column = column;
     return status;
   }
-  const int64_t index_end = first_index + sizes.index, values_end = first_value + sizes.values;
+  const int64_t index_end = first_index + sizes.index_bytes, values_end = first_value + sizes.n_values;
   if (values_end > encoding.n_values) return {Fault::values_size, column, -1};
   if (column + 1 < n_columns(encoding.n_features)) {
     const int64_t* const next = starts + 2 * tiles;
@@ -201,9 +194,9 @@ Status check(const Encoding& encoding, bool signed_zero, ParallelFor parallel_fo
   const int64_t tiles = n_tiles(encoding.n_tokens);
   return parallel_check(n_columns(encoding.n_features) * tiles, parallel_for, [&](int64_t task) -> Status {
     const int64_t column = task / tiles;
-    const int64_t first = task % tiles * kTileTokens;
-    const int64_t last = first + kTileTokens < encoding.n_tokens ? first + kTileTokens : encoding.n_tokens;
-    for (ColumnReader segment(encoding, column, task % tiles); segment.token() < last; segment.next()) {
+    const int64_t tile = task % tiles;
+    const int64_t last = tile * kTileTokens + tile_tokens(encoding.n_tokens, tile);
+    for (ColumnReader segment(encoding, column, tile); segment.token() < last; segment.next()) {
       const Fault fault = segment.check(zero_mask);
       if (fault != Fault::none) return {fault, column, segment.token()};
     }

@@ -20,8 +20,7 @@ bool decode_tile(const Encoding& encoding, int64_t first_token, int64_t first_co
   const int64_t columns = n_columns(encoding.n_features);
   const int64_t tiles = n_tiles(encoding.n_tokens);
   const int64_t n = columns - first_column < kUnpackColumns ? columns - first_column : kUnpackColumns;
-  const int64_t left = encoding.n_tokens - first_token;
-  const int64_t n_rows = left < kTileTokens ? left : kTileTokens;
+  const int64_t n_rows = tile_tokens(encoding.n_tokens, first_token / kTileTokens);
 
   alignas(64) uint8_t counts[kTileTokens * kUnpackColumns];
   const uint8_t* index[kUnpackColumns];

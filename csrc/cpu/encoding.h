@@ -61,6 +61,12 @@ struct Planes {
   int64_t* tile_ptr;
 };
 
+// How much the planes hold; also where something starts in them.
+struct PlaneSizes {
+  int64_t index_bytes = 0;
+  int64_t n_values = 0;
+};
+
 // What a value must satisfy to be stored: |x| > min_abs or NaN, or (signed_zero) x is -0.0, or x > its feature's
 // threshold. ReLU and JumpReLU are thresholds alone: `above`.
 struct Keep {
@@ -78,11 +84,6 @@ struct Dense {
   int64_t row_stride;
   int64_t n_tokens;
   int64_t n_features;
-};
-
-struct PlaneSizes {
-  int64_t index_bytes;
-  int64_t n_values;
 };
 
 // Encodes a matrix that arrives in blocks and whose packed size is not known beforehand; each block is read once.
@@ -128,7 +129,7 @@ Status decode(const Encoding& encoding, bool signed_zero, void* out, int64_t row
 // Tile starts of one column from its counts and index; also the column's totals. Reads no more than `index_bytes`.
 // tile_ptr [n_tiles, 2] gets starts relative to the column's own.
 Status column_starts(const uint8_t* counts, const uint8_t* index, int64_t index_bytes, int64_t n_tokens, int64_t width,
-                     int64_t* tile_ptr, int64_t* index_total, int64_t* values_total);
+                     int64_t* tile_ptr, PlaneSizes* total);
 
 // One feature: tokens [n], ascending, and values [n], each with room for n_tokens. Returns n through `n_found`. Checks
 // the segments it reads.
@@ -138,7 +139,7 @@ Status neuron(const Encoding& encoding, int64_t feature, int64_t* tokens, void* 
 Status to_csr(const Encoding& encoding, int64_t* crow, int64_t* col, void* values, ParallelFor parallel_for);
 
 // Tokens [start, stop): first the sizes, then the planes.
-Status slice_sizes(const Encoding& encoding, int64_t start, int64_t stop, int64_t* index_bytes, int64_t* n_values);
+Status slice_sizes(const Encoding& encoding, int64_t start, int64_t stop, PlaneSizes* sizes, ParallelFor parallel_for);
 Status slice(const Encoding& encoding, int64_t start, int64_t stop, const Planes& out, ParallelFor parallel_for);
 
 // Stacks encodings of equal dtype and n_features by token. Sizes add up.

@@ -45,7 +45,7 @@ uint8_t encode_segment(const uint8_t* x, int64_t width, const Predicate& p, cons
     std::memcpy(values + n * sizeof(T), &bits, sizeof(T));
     ++n;
   }
-  const int64_t bitmap = (width + 7) / 8;
+  const int64_t bitmap = bitmap_bytes(width);
   if (n <= bitmap) {
     std::memcpy(index, positions, n);
     index += n;
@@ -106,7 +106,7 @@ template <typename T>
 bool decode_segment(uint8_t count, int64_t width, uint32_t zero_mask, const uint8_t*& index, const uint8_t*& values,
                     uint8_t* out) {
   uint8_t positions[kColumnWidth];
-  const int64_t bitmap = (width + 7) / 8;
+  const int64_t bitmap = bitmap_bytes(width);
   int64_t n = count;
   bool ok = true;
   if (n <= bitmap) {

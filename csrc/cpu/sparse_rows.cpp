@@ -19,7 +19,7 @@ struct Run {
 // body(token, run) for the segments of a tile that store something, token by token.
 template <typename Body>
 void for_runs(const SparseRows& rows, int64_t tile, Body body) {
-  const int64_t last = (tile + 1) * kTileTokens < rows.n_tokens() ? (tile + 1) * kTileTokens : rows.n_tokens();
+  const int64_t last = tile * kTileTokens + tile_tokens(rows.n_tokens(), tile);
   for (int64_t token = tile * kTileTokens; token < last; ++token) {
     const Entry* at = rows.entries.data() + rows.starts[token];
     const Entry* const end = rows.entries.data() + rows.starts[token + 1];

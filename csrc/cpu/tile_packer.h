@@ -34,20 +34,16 @@ class DenseGroups {
   DenseTile group(int64_t task) const {
     const int64_t first_column = first_column_of(task);
     const int64_t columns_left = columns_ - first_column;
-    const int64_t first_token = tile_of(task) * kTileTokens;
-    return part(first_token, rows_from(first_token), first_column,
+    return part(tile_of(task) * kTileTokens, tile_tokens(x_.n_tokens, tile_of(task)), first_column,
                 columns_left < kPackColumns ? columns_left : kPackColumns);
   }
   const uint8_t* rows(int64_t task) const { return group(task).rows; }
   DenseTile whole_rows(int64_t tile) const {
-    return part(tile * kTileTokens, rows_from(tile * kTileTokens), 0, columns_);
+    return part(tile * kTileTokens, tile_tokens(x_.n_tokens, tile), 0, columns_);
   }
   DenseTile row(int64_t token) const { return part(token, 1, 0, columns_); }
 
  private:
-  int64_t rows_from(int64_t token) const {
-    return x_.n_tokens - token < kTileTokens ? x_.n_tokens - token : kTileTokens;
-  }
   DenseTile part(int64_t first_token, int64_t n_rows, int64_t first_column, int64_t n) const {
     return {static_cast<const uint8_t*>(x_.data) + (first_token * x_.row_stride + first_column * kColumnWidth) * item(),
             x_.row_stride * item(),

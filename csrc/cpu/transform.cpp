@@ -11,14 +11,8 @@
 namespace pyfacts::cpu {
 namespace {
 
-// Where a column's segment of one token starts in the planes.
-struct Offsets {
-  int64_t index;
-  int64_t value;
-};
-
-// The layout of the column must have been checked. token may be n_tokens.
-Offsets locate(const Encoding& encoding, int64_t column, int64_t token) {
+// Where a column's segment of one token starts in the planes. token may be n_tokens. The layout must have been checked.
+PlaneSizes locate(const Encoding& encoding, int64_t column, int64_t token) {
   const int64_t last_tile = n_tiles(encoding.n_tokens) - 1;
   const int64_t tile = token / kTileTokens < last_tile ? token / kTileTokens : last_tile;
   ColumnReader segment(encoding, column, tile);
@@ -30,8 +24,8 @@ Offsets locate(const Encoding& encoding, int64_t column, int64_t token) {
 // A column's part of the tokens [start, stop) of one encoding, to be copied.
 struct Piece {
   const Encoding* encoding;
-  Offsets begin;
-  Offsets end;
+  PlaneSizes begin;
+  PlaneSizes end;
   int64_t start;
   int64_t stop;
 };
@@ -44,21 +38,20 @@ void copy_piece(const Piece& piece, int64_t column, int64_t item, uint8_t** coun
     *out += n_bytes;
   };
   append(counts, e.counts, column * e.n_tokens + piece.start, piece.stop - piece.start);
-  append(index, e.index, piece.begin.index, piece.end.index - piece.begin.index);
-  append(values, e.values, piece.begin.value * item, (piece.end.value - piece.begin.value) * item);
+  append(index, e.index, piece.begin.index_bytes, piece.end.index_bytes - piece.begin.index_bytes);
+  append(values, e.values, piece.begin.n_values * item, (piece.end.n_values - piece.begin.n_values) * item);
 }
 
 // Recomputes one finished column's starts, which begin at `base` in the planes.
-Status write_starts(const Planes& out, int64_t column, int64_t n_tokens, int64_t width, Offsets base,
+Status write_starts(const Planes& out, int64_t column, int64_t n_tokens, int64_t width, PlaneSizes base,
                     int64_t index_bytes) {
-  int64_t index_total;
-  int64_t values_total;
+  PlaneSizes total;
   int64_t* starts = out.tile_ptr + 2 * column * n_tiles(n_tokens);
-  const Status status = column_starts(out.counts + column * n_tokens, out.index + base.index, index_bytes, n_tokens,
-                                      width, starts, &index_total, &values_total);
+  const Status status = column_starts(out.counts + column * n_tokens, out.index + base.index_bytes, index_bytes,
+                                      n_tokens, width, starts, &total);
   for (int64_t tile = 0; tile < n_tiles(n_tokens); ++tile) {
-    starts[2 * tile] += base.index;
-    starts[2 * tile + 1] += base.value;
+    starts[2 * tile] += base.index_bytes;
+    starts[2 * tile + 1] += base.n_values;
   }
   return status;
 }
@@ -69,24 +62,24 @@ Status stack_pieces(int64_t n_pieces, int64_t n_tokens, int64_t n_features, DTyp
                     ParallelFor parallel_for, MakePiece piece) {
   const int64_t item = item_bytes(dtype);
   const int64_t columns = n_columns(n_features);
-  auto bases = std::make_unique<Offsets[]>(columns + 1);
+  auto bases = std::make_unique<PlaneSizes[]>(columns + 1);
   for (int64_t column = 0; column < columns; ++column) {
     bases[column + 1] = bases[column];
     for (int64_t i = 0; i < n_pieces; ++i) {
       const Piece p = piece(i, column);
-      bases[column + 1].index += p.end.index - p.begin.index;
-      bases[column + 1].value += p.end.value - p.begin.value;
+      bases[column + 1].index_bytes += p.end.index_bytes - p.begin.index_bytes;
+      bases[column + 1].n_values += p.end.n_values - p.begin.n_values;
     }
   }
-  advise_huge_pages(out.index, bases[columns].index);
-  advise_huge_pages(out.values, bases[columns].value * item);
+  advise_huge_pages(out.index, bases[columns].index_bytes);
+  advise_huge_pages(out.values, bases[columns].n_values * item);
   return parallel_check(columns, parallel_for, [&](int64_t column) -> Status {
     uint8_t* counts = out.counts + column * n_tokens;
-    uint8_t* index = out.index + bases[column].index;
-    uint8_t* values = static_cast<uint8_t*>(out.values) + bases[column].value * item;
+    uint8_t* index = out.index + bases[column].index_bytes;
+    uint8_t* values = static_cast<uint8_t*>(out.values) + bases[column].n_values * item;
     for (int64_t i = 0; i < n_pieces; ++i) copy_piece(piece(i, column), column, item, &counts, &index, &values);
     return write_starts(out, column, n_tokens, column_width(n_features, column), bases[column],
-                        bases[column + 1].index - bases[column].index);
+                        bases[column + 1].index_bytes - bases[column].index_bytes);
   });
 }
 
@@ -114,7 +107,7 @@ Status tile_to_csr(const Encoding& encoding, int64_t column, int64_t tile, int64
   const int64_t item = item_bytes(encoding.dtype);
   const uint32_t zero_mask = nonzero_mask(encoding.dtype, true);
   const int64_t first = tile * kTileTokens;
-  const int64_t last = first + kTileTokens < encoding.n_tokens ? first + kTileTokens : encoding.n_tokens;
+  const int64_t last = first + tile_tokens(encoding.n_tokens, tile);
   for (ColumnReader segment(encoding, column, tile); segment.token() < last; segment.next()) {
     const Fault fault = segment.check(zero_mask);
     if (fault != Fault::none) return {fault, column, segment.token()};
@@ -169,8 +162,7 @@ Status to_csr(const Encoding& encoding, int64_t* crow, int64_t* col, void* value
   row_starts(encoding, crow);
   return parallel_check(n_tiles(encoding.n_tokens), parallel_for, [&](int64_t tile) -> Status {
     int64_t next[kTileTokens];
-    const int64_t left = encoding.n_tokens - tile * kTileTokens;
-    std::memcpy(next, crow + tile * kTileTokens, (left < kTileTokens ? left : kTileTokens) * sizeof(int64_t));
+    std::memcpy(next, crow + tile * kTileTokens, tile_tokens(encoding.n_tokens, tile) * sizeof(int64_t));
     for (int64_t column = 0; column < n_columns(encoding.n_features); ++column) {
       const Status status = tile_to_csr(encoding, column, tile, next, col, static_cast<uint8_t*>(values));
       if (!status.ok()) return status;
@@ -179,24 +171,21 @@ Status to_csr(const Encoding& encoding, int64_t* crow, int64_t* col, void* value
   });
 }
 
-Status slice_sizes(const Encoding& encoding, int64_t start, int64_t stop, int64_t* index_bytes, int64_t* n_values) {
-  *index_bytes = 0;
-  *n_values = 0;
+Status slice_sizes(const Encoding& encoding, int64_t start, int64_t stop, PlaneSizes* sizes, ParallelFor parallel_for) {
+  const Status layout = check_layout(encoding, parallel_for);
+  if (!layout.ok()) return layout;
+  *sizes = {};
   for (int64_t column = 0; column < n_columns(encoding.n_features); ++column) {
-    const Status layout = check_column_layout(encoding, column);
-    if (!layout.ok()) return layout;
     const Piece piece = make_piece(encoding, column, start, stop);
-    *index_bytes += piece.end.index - piece.begin.index;
-    *n_values += piece.end.value - piece.begin.value;
+    sizes->index_bytes += piece.end.index_bytes - piece.begin.index_bytes;
+    sizes->n_values += piece.end.n_values - piece.begin.n_values;
   }
   return {};
 }
 
 Status slice(const Encoding& encoding, int64_t start, int64_t stop, const Planes& out, ParallelFor parallel_for) {
-  for (int64_t column = 0; column < n_columns(encoding.n_features); ++column) {
-    const Status layout = check_column_layout(encoding, column);
-    if (!layout.ok()) return layout;
-  }
+  const Status layout = check_layout(encoding, parallel_for);
+  if (!layout.ok()) return layout;
   return stack_pieces(1, stop - start, encoding.n_features, encoding.dtype, out, parallel_for,
                       [&](int64_t, int64_t column) { return make_piece(encoding, column, start, stop); });
 }

@@ -81,10 +81,10 @@ Fault join_block(const StoredBlock& block, bool signed_zero, uint8_t* counts, in
   const int64_t item = item_bytes(block.dtype);
   const uint8_t* occupancy = block.occupancy;
   const uint8_t* occupied = block.occupied;
-  int64_t occupied_left = block.occupied_size;
+  int64_t occupied_left = block.occupied_bytes;
   int64_t index_start = 0;
   int64_t values_start = 0;  // in values, not bytes
-  if (block.occupancy_size != columns * occupancy_bytes(block.n_tokens))
+  if (block.occupancy_bytes != columns * occupancy_bytes(block.n_tokens))
     return {"the plane's size does not fit the block's tokens and features", Plane::occupancy};
   for (int64_t column = 0; column < columns; ++column) {
     const int64_t* const length = block.length + column * 4;
@@ -93,27 +93,27 @@ Fault join_block(const StoredBlock& block, bool signed_zero, uint8_t* counts, in
       return {"a column's length is not one bit per token", Plane::occupancy, column};
     if (length[kCounts] < 0 || length[kCounts] > occupied_left)
       return {"a column's length exceeds the plane", Plane::counts, column};
-    if (length[kIndex] < 0 || length[kIndex] > block.index_size - index_start)
+    if (length[kIndex] < 0 || length[kIndex] > block.index_bytes - index_start)
       return {"a column's length exceeds the plane", Plane::index, column};
-    if (length[kValues] < 0 || length[kValues] % item != 0 || length[kValues] > block.values_size - values_start * item)
+    if (length[kValues] < 0 || length[kValues] % item != 0 ||
+        length[kValues] > block.values_bytes - values_start * item)
       return {"a column's length exceeds the plane", Plane::values, column};
     Fault fault = join_counts(occupancy, occupied, length[kCounts], block.n_tokens, width, counts);
     if (!fault.ok()) {
       fault.column = column;
       return fault;
     }
-    int64_t index_total = 0;
-    int64_t values_total = 0;
-    const cpu::Status status = cpu::column_starts(counts, block.index + index_start, length[kIndex], block.n_tokens,
-                                                  width, tile_ptr, &index_total, &values_total);
+    cpu::PlaneSizes total;
+    const cpu::Status status =
+        cpu::column_starts(counts, block.index + index_start, length[kIndex], block.n_tokens, width, tile_ptr, &total);
     if (!status.ok()) {
       fault = from_status(status);
       fault.column = column;
       return fault;
     }
-    if (index_total != length[kIndex])
+    if (total.index_bytes != length[kIndex])
       return {"a column's length differs from what its counts ask for", Plane::index, column};
-    if (values_total * item != length[kValues])
+    if (total.n_values * item != length[kValues])
       return {"a column's length differs from what its counts ask for", Plane::values, column};
     for (int64_t tile = 0; tile < tiles; ++tile) {
       tile_ptr[2 * tile] += index_start;
@@ -122,18 +122,18 @@ Fault join_block(const StoredBlock& block, bool signed_zero, uint8_t* counts, in
     occupancy += length[kOccupancy];
     occupied += length[kCounts];
     occupied_left -= length[kCounts];
-    index_start += index_total;
-    values_start += values_total;
+    index_start += total.index_bytes;
+    values_start += total.n_values;
     counts += block.n_tokens;
     tile_ptr += 2 * tiles;
   }
   if (occupied_left != 0) return {"the plane is longer than its columns", Plane::counts};
-  if (index_start != block.index_size) return {"the plane is longer than its columns", Plane::index};
-  if (values_start * item != block.values_size) return {"the plane is longer than its columns", Plane::values};
+  if (index_start != block.index_bytes) return {"the plane is longer than its columns", Plane::index};
+  if (values_start * item != block.values_bytes) return {"the plane is longer than its columns", Plane::values};
 
   const cpu::Encoding encoding{
-      block.dtype,      block.n_tokens, block.n_features, counts - columns * block.n_tokens, block.index,
-      block.index_size, block.values,   values_start,     tile_ptr - columns * 2 * tiles};
+      block.dtype,       block.n_tokens, block.n_features, counts - columns * block.n_tokens, block.index,
+      block.index_bytes, block.values,   values_start,     tile_ptr - columns * 2 * tiles};
   return from_status(cpu::check(encoding, signed_zero, cpu::run_serially));
 }
 

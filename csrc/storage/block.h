@@ -39,13 +39,13 @@ struct StoredBlock {
   int64_t n_tokens;
   int64_t n_features;
   const uint8_t* occupancy;
-  int64_t occupancy_size;
+  int64_t occupancy_bytes;
   const uint8_t* occupied;
-  int64_t occupied_size;
+  int64_t occupied_bytes;
   const uint8_t* index;
-  int64_t index_size;
+  int64_t index_bytes;
   const void* values;
-  int64_t values_size;    // bytes
+  int64_t values_bytes;   // bytes
   const int64_t* length;  // [n_columns, 4]
 };
 

@@ -30,10 +30,8 @@ void each_value(const cpu::Encoding& encoding, int64_t column, Visit visit) {
 }  // namespace
 
 Fault FeatureLists::assign(const cpu::Encoding& encoding) {
-  for (int64_t column = 0; column < n_columns(encoding.n_features); ++column) {
-    const cpu::Status status = cpu::check_column_layout(encoding, column);
-    if (!status.ok()) return from_status(status);
-  }
+  const cpu::Status layout = cpu::check_layout(encoding, cpu::run_serially);
+  if (!layout.ok()) return from_status(layout);
   n_features_ = encoding.n_features;
   item_ = item_bytes(encoding.dtype);
   tokens_.reset(new uint32_t[encoding.n_values]);

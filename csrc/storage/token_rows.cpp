@@ -15,7 +15,7 @@ namespace {
 template <typename Visit>
 void each_segment(const cpu::Encoding& encoding, Visit visit) {
   for (int64_t tile = 0; tile < n_tiles(encoding.n_tokens); ++tile) {
-    const int64_t end = std::min((tile + 1) * kTileTokens, encoding.n_tokens);
+    const int64_t end = tile * kTileTokens + tile_tokens(encoding.n_tokens, tile);
     for (int64_t column = 0; column < n_columns(encoding.n_features); ++column) {
       for (cpu::ColumnReader segment(encoding, column, tile); segment.token() < end; segment.next())
         visit(segment.token(), column, segment);
@@ -34,10 +34,8 @@ std::unique_ptr<uint8_t[]> plane(int64_t n_bytes) {
 Fault TokenRows::assign(const cpu::Encoding& encoding) {
   const int64_t columns = n_columns(encoding.n_features);
   const int64_t item = item_bytes(encoding.dtype);
-  for (int64_t column = 0; column < columns; ++column) {
-    const cpu::Status status = cpu::check_column_layout(encoding, column);
-    if (!status.ok()) return from_status(status);
-  }
+  const cpu::Status layout = cpu::check_layout(encoding, cpu::run_serially);
+  if (!layout.ok()) return from_status(layout);
   dtype_ = encoding.dtype;
   n_tokens_ = encoding.n_tokens;
   n_features_ = encoding.n_features;

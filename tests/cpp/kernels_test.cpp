@@ -493,8 +493,8 @@ void test_random_damage(DType dtype) {
     int64_t n = 0;
     neuron(e.view(), below(F), tokens.data(), values.data(), &n);
     require(values.guard_intact(), "neuron wrote out of bounds");
-    int64_t index_size, n_values;
-    slice_sizes(e.view(), below(T), T, &index_size, &n_values);
+    PlaneSizes sizes;
+    slice_sizes(e.view(), below(T), T, &sizes, run_serially);
   }
 }
 
@@ -516,9 +516,9 @@ void test_transforms(DType dtype) {
   std::vector<Encoded> parts;
   const int64_t cuts[] = {0, 0, 1, 127, 129, 256, 300, 300};
   for (int i = 0; i + 1 < 8; ++i) {
-    int64_t index_size, n_values;
-    require(slice_sizes(e.view(), cuts[i], cuts[i + 1], &index_size, &n_values).ok(), "slice_sizes");
-    Reference part = empty_planes(cuts[i + 1] - cuts[i], index_size, n_values);
+    PlaneSizes sizes;
+    require(slice_sizes(e.view(), cuts[i], cuts[i + 1], &sizes, run_in_two_threads).ok(), "slice_sizes");
+    Reference part = empty_planes(cuts[i + 1] - cuts[i], sizes.index_bytes, sizes.n_values);
     require(slice(e.view(), cuts[i], cuts[i + 1], planes(part), run_in_two_threads).ok(), "slice");
     compare(part, reference_encode(dtype, rows(cuts[i], cuts[i + 1]), cuts[i + 1] - cuts[i], F, {}));
     parts.push_back({dtype, cuts[i + 1] - cuts[i], F, part});
@@ -561,14 +561,14 @@ void test_transforms(DType dtype) {
   require(crow[T] == at, "crow's end differs");
 
   std::vector<int64_t> starts(2 * n_tiles(T));
-  int64_t index_total, values_total;
+  PlaneSizes total;
   const int64_t* column_1 = e.planes.tile_ptr.data() + 2 * n_tiles(T);
   require(column_starts(e.planes.counts.data() + T, e.planes.index.data() + column_1[0],
-                        e.view().index_bytes - column_1[0], T, 256, starts.data(), &index_total, &values_total)
+                        e.view().index_bytes - column_1[0], T, 256, starts.data(), &total)
               .ok(),
           "column_starts");
   for (int64_t i = 0; i < 2 * n_tiles(T); ++i) require(starts[i] == column_1[i] - column_1[i % 2], "starts differ");
-  require(index_total == column_1[2 * n_tiles(T)] - column_1[0], "index total differs");
+  require(total.index_bytes == column_1[2 * n_tiles(T)] - column_1[0], "index total differs");
 }
 
 bool cpu_runs(const Kernels& table) {
