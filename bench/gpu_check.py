@@ -24,8 +24,10 @@ SANITIZED = (
     "(test_a_matrix_in_parts and not cpu and 700) or test_rows_of_any_stride or test_every_count"
     " or (test_sparse_linear_and_to_csr and shape1 and 0.6)"
 )
-SANITIZED_FUSED = "test_the_fused_kernel and (17 or 590)"
-OUR_KERNELS = ["--error-exitcode", "9", "--kernel-name", "kernel_substring=pyfacts"]  # not torch's, which are not ours
+SANITIZED_FUSED = "test_the_fused_kernel and (17 or 129 or 590)"  # both kernels
+SANITIZER = ["--error-exitcode", "9", "--kernel-name", "kernel_substring=pyfacts"]  # not torch's, which are not ours
+MEMCHECK = ["--tool", "memcheck", "--report-api-errors", "no"]  # torch asks for what a driver lacks
+LEAST_SANITIZED_S = 60.0  # torch alone takes half of that under a sanitizer
 
 # The fused tests by the kernel that takes them: the cooperative one from d_in 512 on.
 COOPERATIVE = "768 or 1024 or 528"
@@ -38,10 +40,13 @@ class Check:
         self.results: list[tuple[str, str, float]] = []
         self._end = time.monotonic() + LIMIT_S
 
+    def left_s(self) -> float:
+        return self._end - time.monotonic()
+
     def run(self, step: str, command: list[str], limit_s: float, cwd: Path = ROOT / "tests", **env: str) -> str:
         """Runs a command, whose output is shown: "passed", "FAILED", "STOPPED after ..."; or not, at the very end."""
         start = time.monotonic()
-        limit_s = min(limit_s, self._end - start)
+        limit_s = min(limit_s, self.left_s())
         if limit_s < 15:
             self.skip(step, "not run: no time was left")
             return "not run"
@@ -128,21 +133,21 @@ def missing_packages() -> list[str]:
 
 def sanitize(check: Check, pytest: list[str], hung: bool) -> None:
     """Memory errors and races, in what is left of the time; not of fused kernels that hang."""
-    sanitizer = working_sanitizer()
+    sanitizer = working_sanitizer() if check.left_s() > 2 * LEAST_SANITIZED_S else None
     for step, tool, tests in (
-        ("memcheck, fused", "memcheck", SANITIZED_FUSED),
-        ("memcheck", "memcheck", SANITIZED),
-        ("racecheck", "racecheck", SANITIZED),
+        ("memcheck, fused", MEMCHECK, SANITIZED_FUSED),
+        ("memcheck", MEMCHECK, SANITIZED),
+        ("racecheck", ["--tool", "racecheck"], SANITIZED),
     ):
-        if sanitizer is None:
+        if check.left_s() < LEAST_SANITIZED_S:
+            check.skip(step, "not run: no time was left")
+        elif sanitizer is None:
             check.skip(step, "not run: no compute-sanitizer that works on this device")
         elif hung and tests == SANITIZED_FUSED:
             check.skip(step, "not run: it hangs")
         else:
-            command = [sanitizer, *OUR_KERNELS, "--tool", tool]
-            command += ["--report-api-errors", "no"] if tool == "memcheck" else []  # torch asks what a driver lacks
             env = {"PYFACTS_REQUIRE_CUDA": "1", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-            check.run(step, [*command, *pytest, "-k", tests], 70, **env)
+            check.run(step, [sanitizer, *SANITIZER, *tool, *pytest, "-k", tests], 90, **env)
 
 
 def working_sanitizer() -> str | None:
@@ -150,7 +155,7 @@ def working_sanitizer() -> str | None:
     sanitizer = toolkit("compute-sanitizer")
     if sanitizer is None:
         return None
-    probe = [sanitizer, *OUR_KERNELS, sys.executable, "-c", "import torch; torch.zeros(1, device='cuda')"]
+    probe = [sanitizer, *SANITIZER, *MEMCHECK, sys.executable, "-c", "import torch; torch.zeros(1, device='cuda')"]
     try:
         done = subprocess.run(probe, capture_output=True, text=True, timeout=60, check=False)
     except subprocess.TimeoutExpired:

@@ -19,9 +19,7 @@ using torch::stable::new_empty;
 using torch::stable::accelerator::DeviceGuard;
 
 cudaStream_t current_stream(const Tensor& tensor) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device(), &stream));
-  return static_cast<cudaStream_t>(stream);
+  return static_cast<cudaStream_t>(current_cuda_stream(tensor.get_device()));
 }
 
 void check_cuda(cudaError_t error, const char* what) {

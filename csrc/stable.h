@@ -38,6 +38,15 @@ inline std::optional<bool> ask_torch(const char* name) {
   return torch::stable::detail::to<bool>(answer);
 }
 
+#ifdef USE_CUDA
+// torch's current stream on a GPU, a cudaStream_t.
+inline void* current_cuda_stream(int32_t device) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return stream;
+}
+#endif
+
 // In place; a NaN stays, and -0.0 becomes +0.0 or stays (the encoding treats both alike).
 inline Tensor relu_(const Tensor& x) { return call_torch("aten::relu_", "", x); }
 inline Tensor square_(const Tensor& x) { return call_torch("aten::square_", "", x); }

@@ -222,7 +222,8 @@ def pack(like: Tensor, n_tokens: int, n_features: int, fill: Fill) -> Planes:
 
     A small matrix is made in one piece. The pieces of a large one hold what is stored and no more, and are then joined.
     """
-    step = chunk_tokens(like, n_features, WIDE_ARENA_BYTES if n_features >= WIDE else ARENA_BYTES)
+    padded = -(-n_features // ops.COLUMN_WIDTH) * ops.COLUMN_WIDTH  # as the arena is
+    step = chunk_tokens(like, padded, WIDE_ARENA_BYTES if n_features >= WIDE else ARENA_BYTES)
     pieces = []
     for begin in range(0, max(1, n_tokens), step):
         end = min(begin + step, n_tokens)

@@ -248,6 +248,17 @@ def test_bad_arguments_of_the_ops_are_refused(device: str) -> None:
 
 
 @on_each_device
+@pytest.mark.usefixtures("small_pieces")
+def test_a_narrow_matrix_takes_no_larger_arena(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the device form pads its columns."""
+    made, empty_arena = [], ops.empty_arena
+    monkeypatch.setattr(ops, "empty_arena", lambda *shape: made.append(empty_arena(*shape)) or made[-1])
+    x = sparse(2000, 8, 0.3, torch.bfloat16)
+    assert_same_planes(kernel(device, "topk_encode")(x.to(device), 3), ops.topk_encode(x, 3))
+    assert len(made) > 1 and all(arena.values.nbytes <= cuda.ARENA_BYTES for arena in made)
+
+
+@on_each_device
 @pytest.mark.parametrize("lengths", [(128, 1), (256, 128, 300), (128, 128)], ids=str)
 @pytest.mark.parametrize("n_features", [1, 300, 512])
 def test_joined_pieces_are_what_cat_makes(device: str, lengths: tuple[int, ...], n_features: int) -> None:
