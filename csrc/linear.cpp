@@ -42,7 +42,8 @@ std::vector<uint8_t> make_thresholds(DType dtype, int64_t n_features, const std:
 
 // Packs what compute(block) returns for every block.
 template <typename Compute>
-Planes encode_blocks(const Linear& linear, const Tensor& like, cpu::Keep keep, Compute compute) {
+Planes encode_blocks(const Linear& linear, cpu::Keep keep, Compute compute) {
+  const Tensor& like = linear.x();
   const int64_t n_tokens = linear.n_tokens(), n_features = linear.n_features();
   Tensor counts = empty_counts(like, n_tokens, n_features);
   cpu::Encoder encoder(dtype_of(like), n_tokens, n_features, keep, static_cast<uint8_t*>(counts.mutable_data_ptr()));
@@ -70,7 +71,7 @@ Block select_bounded(Screen* screen, Block block, Selection* selection) {
 
 // Packs what the selection keeps of relu(linear).
 template <typename Selection>
-Planes encode_selected(const Linear& linear, const Tensor& like, Selection selection) {
+Planes encode_selected(const Linear& linear, Selection selection) {
   Screen screen(linear, std::nullopt);
   for_blocks(linear.n_tokens(), linear.n_features(), [&](Block block) {
     if (screen.on()) block = select_bounded(&screen, block, &selection);
@@ -78,7 +79,7 @@ Planes encode_selected(const Linear& linear, const Tensor& like, Selection selec
     const Tensor computed = linear(block);
     selection.add(dense_of(computed), block.first_token, block.first_feature, run_on_torch_threads);
   });
-  return pack_rows(selection.finish(), like);
+  return pack_rows(selection.finish(), linear.x());
 }
 
 }  // namespace
@@ -92,10 +93,9 @@ Planes linear_relu_encode(const Tensor& x, const Tensor& weight, const std::opti
   const std::vector<uint8_t> thresholds = make_thresholds(dtype_of(x), linear.n_features(), threshold);
   Screen screen(linear, threshold);
   if (activation == "relu2") {
-    return encode_blocks(linear, x, {}, [&](const Block& block) { return square_(relu_(screen(block))); });
+    return encode_blocks(linear, {}, [&](const Block& block) { return square_(relu_(screen(block))); });
   }
-  return encode_blocks(linear, x, cpu::Keep::above(thresholds.data()),
-                       [&](const Block& block) { return screen(block); });
+  return encode_blocks(linear, cpu::Keep::above(thresholds.data()), [&](const Block& block) { return screen(block); });
 }
 
 Planes gated_relu_encode(const Tensor& x, const Tensor& w_gate, const Tensor& w_up, const std::optional<Tensor>& b_gate,
@@ -103,7 +103,7 @@ Planes gated_relu_encode(const Tensor& x, const Tensor& w_gate, const Tensor& w_
   Linear gate(x, w_gate, b_gate);
   Linear up(x, w_up, b_up);
   STD_TORCH_CHECK(gate.n_features() == up.n_features(), "w_gate and w_up must have one shape");
-  return encode_blocks(gate, x, {}, [&](const Block& block) { return mul_(relu_(gate(block)), up(block)); });
+  return encode_blocks(gate, {}, [&](const Block& block) { return mul_(relu_(gate(block)), up(block)); });
 }
 
 Planes linear_topk_encode(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t k,
@@ -112,8 +112,8 @@ Planes linear_topk_encode(const Tensor& x, const Tensor& weight, const std::opti
   const DType dtype = dtype_of(x);
   STD_TORCH_CHECK(1 <= k && k <= linear.n_features(), "k must be 1 to ", linear.n_features(), ", got ", k);
   STD_TORCH_CHECK(linear.n_tokens() <= UINT32_MAX && linear.n_features() <= UINT32_MAX, "x or weight is too large");
-  return over_batch ? encode_selected(linear, x, cpu::BatchTopK(dtype, linear.n_tokens(), linear.n_features(), k))
-                    : encode_selected(linear, x, cpu::TopK(dtype, linear.n_features(), k, cpu::Order::value));
+  return over_batch ? encode_selected(linear, cpu::BatchTopK(dtype, linear.n_tokens(), linear.n_features(), k))
+                    : encode_selected(linear, cpu::TopK(dtype, linear.n_features(), k, cpu::Order::value));
 }
 
 }  // namespace pyfacts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
@@ -19,6 +18,7 @@ from .select import Select
 from .stream import ActivationStream, never_fired
 from .tokens import Activations, TokenMask, join
 from .warn import warn
+from .wording import similar
 
 DENSE_ABOVE = 0.55
 """Density from which a capture counts as dense. Not 0.5: a ReLU model with random weights is at 0.5 by symmetry."""
@@ -174,8 +174,9 @@ class ActivationCache(Mapping[str, Activations]):
 
     def _find(self, name: str, where: dict[str, list]) -> list:
         if name not in where:
-            close = difflib.get_close_matches(str(name), where, n=3, cutoff=0.5) or list(where)[:3]
-            raise UnknownHookError(f"{name!r} was not captured; what was ({len(where)}) is such as {', '.join(close)}")
+            raise UnknownHookError(
+                f"{name!r} was not captured; what was ({len(where)}) is such as {similar(name, where)}"
+            )
         return where[name]
 
     def __contains__(self, name: object) -> bool:

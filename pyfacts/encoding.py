@@ -165,12 +165,12 @@ class EncodedActivations:
         counts, index, values, tile_ptr = ops.slice_tokens(self.planes, self.n_features, start, stop)
         return replace(self, counts=counts, index=index, values=values, tile_ptr=tile_ptr, sq_norm=sq_norm)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "EncodedActivations":
+    def to(self, device: torch.device | str) -> "EncodedActivations":
         """Returns the encoding on another device (itself if it is there already)."""
         if torch.device(device) == self.device:
             return self
-        counts, index, values, tile_ptr = (plane.to(device, non_blocking=non_blocking) for plane in self.planes)
-        sq_norm = None if self.sq_norm is None else self.sq_norm.to(device, non_blocking=non_blocking)
+        counts, index, values, tile_ptr = (plane.to(device) for plane in self.planes)
+        sq_norm = None if self.sq_norm is None else self.sq_norm.to(device)
         return replace(self, counts=counts, index=index, values=values, tile_ptr=tile_ptr, sq_norm=sq_norm)
 
     def cpu(self) -> "EncodedActivations":
@@ -251,11 +251,11 @@ def cat(encodings: Sequence[EncodedActivations]) -> EncodedActivations:
     counts, index, values, tile_ptr = ops.cat([encoding.planes for encoding in encodings], first.n_features)
     sq_norm = None
     if any(encoding.sq_norm is not None for encoding in encodings):
-        sq_norm = torch.cat([_sq_norm(encoding) for encoding in encodings])
+        sq_norm = torch.cat([row_sq_norms(encoding) for encoding in encodings])
     return replace(first, counts=counts, index=index, values=values, tile_ptr=tile_ptr, sq_norm=sq_norm)
 
 
-def _sq_norm(encoding: EncodedActivations) -> Tensor:
+def row_sq_norms(encoding: EncodedActivations) -> Tensor:
     """Squared norm of each row of the input, from the stored values where nothing was dropped."""
     if encoding.sq_norm is not None:
         return encoding.sq_norm

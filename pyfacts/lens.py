@@ -56,7 +56,7 @@ def survey(model: nn.Module, hooks: dict[str, nn.Module]) -> Survey:
             side = side_of(module)
             if short == "mlp.hook_in" and name in hooks and _is_bypassed(model, block):
                 module = hooks.get(f"{block}.mlp.in.hook_in")
-            if (module is None and short == "hook_mlp_in") or _is_gated(module, cfg):
+            if (module is None and short == "hook_mlp_in") or _is_switched_off(module, cfg):
                 norm = _mlp_norm(model, block, hooks)
                 if norm is not None:
                     module, side = norm, "input"
@@ -104,7 +104,7 @@ def _width(model: nn.Module, hook_path: str, cfg: object, neurons: bool) -> int 
     return width if isinstance(width, int) else None
 
 
-def _is_gated(hook: nn.Module | None, cfg: object) -> bool:
+def _is_switched_off(hook: nn.Module | None, cfg: object) -> bool:
     """Whether this is the `hook_mlp_in` that TransformerLens calls only if the config's `use_hook_mlp_in` is set."""
     if hook is None or getattr(cfg, "use_hook_mlp_in", True):
         return False

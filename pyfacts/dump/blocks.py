@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _storage
-from ..encoding import EncodedActivations, _sq_norm
+from ..encoding import EncodedActivations, row_sq_norms
 from . import layout
 from .layout import HookSpec
 from .plan import Plan
@@ -36,7 +36,7 @@ def write_hook(store: Store, writer: HookWriter, hook: HookSpec, lossy: bool, pa
         if hook.kind == "neurons":
             encodings = [storage_encoding(part) for part in parts]
             encoding = encodings[0] if len(encodings) == 1 else _storage.cat(encodings)
-            sq_norm = torch.cat([_sq_norm(part) for part in parts]).cpu().numpy() if lossy else None
+            sq_norm = torch.cat([row_sq_norms(part) for part in parts]).cpu().numpy() if lossy else None
             writer.add_encoding(encoding, sq_norm)
         else:
             writer.add_rows(np.concatenate([value_bits(part) for part in parts]))

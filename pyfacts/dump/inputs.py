@@ -35,8 +35,8 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """Sequences of token ids.
+class Sequences:
+    """Token ids, cut into sequences.
 
     Attributes:
         ids: integers [n], one sequence after another (often memory-mapped).
@@ -73,7 +73,7 @@ class Tokens:
         document = np.broadcast_to(self.document[begin:end, None], shape)
         return Batch(ids, None if real.all() else real, captured, document[captured], position[captured])
 
-    def survey(self) -> "Survey":
+    def survey(self) -> "TokenSurvey":
         """Reads every token once: what a plan needs to know, and the fingerprint.
 
         Raises:
@@ -98,7 +98,7 @@ class Tokens:
             digest.update(numbers.astype("<i8", copy=False).tobytes())
         if not captured.sum():
             raise ValueError("tokens: token_mask leaves no token to capture")
-        return Survey(captured, highest, digest.hexdigest())
+        return TokenSurvey(captured, highest, digest.hexdigest())
 
     def _ids(self, sequence: int) -> np.ndarray:
         start = self.start[sequence]
@@ -117,7 +117,7 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class Survey:
+class TokenSurvey:
     """What reading all tokens once has told: captured tokens of each sequence, the highest id, a fingerprint."""
 
     captured: np.ndarray
@@ -133,7 +133,7 @@ def read_tokens(
     context_size: int | None = None,
     default_context_size: int | None = None,
     token_mask: Any = None,
-) -> Tokens:
+) -> Sequences:
     """Turns what a caller gives as tokens into sequences.
 
     Arrays are used where they lie (memory-mapped ones too); documents are tokenised in order and spooled to a file in
@@ -165,7 +165,7 @@ def read_tokens(
     if isinstance(source, Mapping) and hasattr(token_mask, "__len__"):
         token_mask = without_padding("token_mask", token_mask, source)
     mask = token_mask if callable(token_mask) else _flat_mask(token_mask, lengths)
-    return Tokens(flat, *_cut(lengths, context_size), mask, context_size)
+    return Sequences(flat, *_cut(lengths, context_size), mask, context_size)
 
 
 def _as_array(source: Any) -> np.ndarray | None:

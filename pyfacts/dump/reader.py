@@ -4,7 +4,6 @@ Token indices are those of the plan: a dump that is not finished opens, says so,
 numbers; reading a range that is not committed is an error that names it.
 """
 
-import difflib
 import heapq
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +14,7 @@ import numpy as np
 from .. import _storage
 from ..errors import UnknownHookError
 from ..scalars import at_least_one, in_range, token_range
+from ..wording import similar
 from . import shuffle
 from .arrays import BITS, FRAMEWORKS, numpy_framework
 from .cache import Cache
@@ -124,9 +124,8 @@ class Dump:
 
     def __getitem__(self, hook: str) -> "DumpedHook":
         if hook not in self._hooks:
-            close = difflib.get_close_matches(str(hook), self._hooks, n=3, cutoff=0.5) or self.hook_names[:3]
             raise UnknownHookError(
-                f"{hook!r} was not dumped; there are {len(self._hooks)} hooks, such as {', '.join(close)}"
+                f"{hook!r} was not dumped; there are {len(self._hooks)} hooks, such as {similar(hook, self._hooks)}"
             )
         return self._hooks[hook]
 

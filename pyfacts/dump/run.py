@@ -27,7 +27,7 @@ from .arguments import (
     rank_of_process,
 )
 from .fingerprint import describe_model, describe_sae, plain
-from .inputs import MaskFunction, Survey, read_tokens
+from .inputs import MaskFunction, TokenSurvey, read_tokens
 from .layout import HookSpec
 from .plan import Plan
 from .reader import Dump, open_dump
@@ -156,7 +156,7 @@ def dump(
     return open_dump(out)
 
 
-def _shards(survey: Survey, batch_size: int, shard_tokens: int) -> dict[str, tuple[int, ...]]:
+def _shards(survey: TokenSurvey, batch_size: int, shard_tokens: int) -> dict[str, tuple[int, ...]]:
     """Cuts sequences into shards of whole batches with at least `shard_tokens` captured tokens, but for the last."""
     n_sequences = len(survey.captured)
     sequences, token_starts = [0], [0]

@@ -20,7 +20,7 @@ from . import layout
 from .arguments import cores, model_inputs
 from .blocks import is_full, write_hook
 from .errors import DumpError
-from .inputs import Batch, Tokens
+from .inputs import Batch, Sequences
 from .layout import HookSpec
 from .plan import PLAN_FILE, Plan, ShardRecord, check_same, record_name, shard_name
 from .shard_writer import ShardWriter
@@ -62,7 +62,7 @@ class Worker:
         self,
         store: Store,
         plan: Plan,
-        tokens: Tokens,
+        tokens: Sequences,
         stream: ActivationStream,
         allow_dense: bool,
         progress: Callable[[Progress], None] | None,
