@@ -49,7 +49,8 @@ Planes encode_blocks(const Linear& linear, cpu::Keep keep, Compute compute) {
   cpu::Encoder encoder(dtype_of(like), n_tokens, n_features, keep, static_cast<uint8_t*>(counts.mutable_data_ptr()));
   for_blocks(n_tokens, n_features, [&](const Block& block) {
     const Tensor computed = compute(block);
-    encoder.add(dense_of(computed), block.first_token, block.first_feature, run_on_torch_threads);
+    const cpu::Dense dense = dense_of(computed);
+    encoder.add(dense, block.first_token, block.first_feature, threads_for(dense));
   });
   return finish(encoder, std::move(counts), like, n_tokens, n_features);
 }
@@ -77,7 +78,8 @@ Planes encode_selected(const Linear& linear, Selection selection) {
     if (screen.on()) block = select_bounded(&screen, block, &selection);
     if (block.n_features == 0) return;
     const Tensor computed = linear(block);
-    selection.add(dense_of(computed), block.first_token, block.first_feature, run_on_torch_threads);
+    const cpu::Dense dense = dense_of(computed);
+    selection.add(dense, block.first_token, block.first_feature, threads_for(dense));
   });
   return pack_rows(selection.finish(), linear.x());
 }

@@ -22,19 +22,20 @@ using torch::stable::new_empty;
 Planes encode_rows(const Tensor& x, cpu::Keep keep) {
   const int64_t n_tokens = x.size(0), n_features = x.size(1);
   const cpu::Dense dense = dense_of(x);
+  const cpu::ParallelFor parallel_for = threads_for(dense);
   Tensor counts = empty_counts(x, n_tokens, n_features);
   auto* const count_bytes = static_cast<uint8_t*>(counts.mutable_data_ptr());
   if (!cpu::suits_two_passes(dense, keep)) {
     cpu::Encoder encoder(dense.dtype, n_tokens, n_features, keep, count_bytes);
-    encoder.add(dense, 0, 0, run_on_torch_threads);
+    encoder.add(dense, 0, 0, parallel_for);
     return finish(encoder, std::move(counts), x, n_tokens, n_features);
   }
   Tensor tile_ptr = empty_tile_ptr(x, n_tokens, n_features);
   const cpu::PlaneSizes sizes =
-      cpu::count(dense, keep, count_bytes, static_cast<int64_t*>(tile_ptr.mutable_data_ptr()), run_on_torch_threads);
+      cpu::count(dense, keep, count_bytes, static_cast<int64_t*>(tile_ptr.mutable_data_ptr()), parallel_for);
   Planes planes = empty_planes(std::move(counts), std::move(tile_ptr), x, sizes);
   const cpu::Planes out = pointers(planes);
-  STD_TORCH_CHECK(cpu::pack(dense, keep, out.tile_ptr, sizes, out.index, out.values, run_on_torch_threads),
+  STD_TORCH_CHECK(cpu::pack(dense, keep, out.tile_ptr, sizes, out.index, out.values, parallel_for),
                   "the matrix changed while it was being encoded");
   return planes;
 }
@@ -53,7 +54,7 @@ void decode_out(const Tensor& counts, const Tensor& index, const Tensor& values,
                       out.scalar_type() == values.scalar_type(),
                   "out must be [", encoding.n_tokens, ", ", n_features,
                   "] of the values' dtype, with whole rows apart");
-  check_status(cpu::decode(encoding, signed_zero, out.mutable_data_ptr(), out.stride(0), run_on_torch_threads));
+  check_status(cpu::decode(encoding, signed_zero, out.mutable_data_ptr(), out.stride(0), threads_for(dense_of(out))));
 }
 
 Tensor decode(const Tensor& counts, const Tensor& index, const Tensor& values, const Tensor& tile_ptr,
@@ -104,7 +105,7 @@ Tensor sparse_linear(const Tensor& counts, const Tensor& index, const Tensor& va
   Tensor out = new_empty(values, {encoding.n_tokens, d_out}, values.scalar_type());
   check_status(cpu::sparse_linear(encoding, {w.const_data_ptr(), w.stride(0)},
                                   b.has_value() ? b->const_data_ptr() : nullptr, d_out, out.mutable_data_ptr(),
-                                  run_on_torch_threads));
+                                  threads_for(encoding.n_values * d_out * item_bytes(encoding.dtype))));
   return out;
 }
 
@@ -114,7 +115,8 @@ Tensor sparse_linear_grad_weight(const Tensor& counts, const Tensor& index, cons
   const Tensor g = dense_operand(grad, "grad", encoding.n_tokens, values);
   Tensor out = new_empty(values, {n_features, g.size(1)}, values.scalar_type());
   check_status(cpu::sparse_linear_grad_weight(encoding, {g.const_data_ptr(), g.stride(0)}, g.size(1),
-                                              out.mutable_data_ptr(), run_on_torch_threads));
+                                              out.mutable_data_ptr(),
+                                              threads_for(encoding.n_values * g.size(1) * item_bytes(encoding.dtype))));
   return out;
 }
 
@@ -124,9 +126,26 @@ Planes slice(const Tensor& counts, const Tensor& index, const Tensor& values, co
   STD_TORCH_CHECK(0 <= start && start <= stop && stop <= encoding.n_tokens, "tokens [", start, ", ", stop,
                   ") out of range for ", encoding.n_tokens, " tokens");
   cpu::PlaneSizes sizes;
-  check_status(cpu::slice_sizes(encoding, start, stop, &sizes, run_on_torch_threads));
+  check_status(cpu::slice_sizes(encoding, start, stop, &sizes, threads_for(encoding)));
   Planes out = empty_planes(values, stop - start, n_features, sizes);
-  check_status(cpu::slice(encoding, start, stop, pointers(out), run_on_torch_threads));
+  check_status(cpu::slice(encoding, start, stop, pointers(out), threads_for(encoding)));
+  return out;
+}
+
+Planes take(const Tensor& counts, const Tensor& index, const Tensor& values, const Tensor& tile_ptr, int64_t n_features,
+            const Tensor& tokens) {
+  const cpu::Encoding encoding = view(counts, index, values, tile_ptr, n_features);
+  check_plane(tokens, "tokens", 1, ScalarType::Long, values);
+  const int64_t n = tokens.size(0);
+  const auto* const chosen = static_cast<const int64_t*>(tokens.const_data_ptr());
+  for (int64_t i = 0; i < n; ++i) {
+    STD_TORCH_CHECK(0 <= chosen[i] && chosen[i] < encoding.n_tokens, "token ", chosen[i], " out of range for ",
+                    encoding.n_tokens, " tokens");
+  }
+  std::vector<cpu::PlaneSizes> bases(n_columns(n_features) + 1);
+  check_status(cpu::take_sizes(encoding, chosen, n, bases.data(), threads_for(encoding)));
+  Planes out = empty_planes(values, n, n_features, bases.back());
+  check_status(cpu::take(encoding, chosen, n, bases.data(), pointers(out), threads_for(encoding)));
   return out;
 }
 
@@ -146,7 +165,9 @@ Planes cat(std::vector<Tensor> counts, std::vector<Tensor> index, std::vector<Te
     sizes.n_values += encodings[i].n_values;
   }
   Planes out = empty_planes(values[0], n_tokens, n_features, sizes);
-  check_status(cpu::cat(encodings.data(), static_cast<int64_t>(encodings.size()), pointers(out), run_on_torch_threads));
+  const cpu::ParallelFor parallel_for =
+      threads_for(sizes.index_bytes + sizes.n_values * item_bytes(encodings[0].dtype));
+  check_status(cpu::cat(encodings.data(), static_cast<int64_t>(encodings.size()), pointers(out), parallel_for));
   return out;
 }
 
@@ -178,7 +199,7 @@ std::tuple<Tensor, Tensor, Tensor> to_csr(const Tensor& counts, const Tensor& in
   Tensor row_values = new_empty(values, {encoding.n_values}, values.scalar_type());
   check_status(cpu::to_csr(encoding, static_cast<int64_t*>(crow.mutable_data_ptr()),
                            static_cast<int64_t*>(col.mutable_data_ptr()), row_values.mutable_data_ptr(),
-                           run_on_torch_threads));
+                           threads_for(encoding)));
   return {std::move(crow), std::move(col), std::move(row_values)};
 }
 
@@ -226,6 +247,9 @@ STABLE_TORCH_LIBRARY(pyfacts, m) {
       "slice(Tensor counts, Tensor index, Tensor values, Tensor tile_ptr, SymInt n_features, SymInt start, SymInt stop)"
       " -> (Tensor counts, Tensor index, Tensor values, Tensor tile_ptr)");
   m.def(
+      "take(Tensor counts, Tensor index, Tensor values, Tensor tile_ptr, SymInt n_features, Tensor tokens)"
+      " -> (Tensor counts, Tensor index, Tensor values, Tensor tile_ptr)");
+  m.def(
       "cat(Tensor[] counts, Tensor[] index, Tensor[] values, Tensor[] tile_ptr, SymInt n_features)"
       " -> (Tensor counts, Tensor index, Tensor values, Tensor tile_ptr)");
   m.def(
@@ -253,6 +277,7 @@ STABLE_TORCH_LIBRARY_IMPL(pyfacts, CPU, m) {
   m.impl("topk_encode", TORCH_BOX(&topk_encode));
   m.impl("row_sq_norm", TORCH_BOX(&row_sq_norm));
   m.impl("slice", TORCH_BOX(&slice));
+  m.impl("take", TORCH_BOX(&take));
   m.impl("cat", TORCH_BOX(&cat));
   m.impl("neuron", TORCH_BOX(&neuron));
   m.impl("to_csr", TORCH_BOX(&to_csr));

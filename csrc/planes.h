@@ -113,21 +113,25 @@ inline cpu::Planes pointers(const Planes& planes) {
 
 // The planes of rows that are sparse already.
 inline Planes pack_rows(const cpu::SparseRows& rows, const Tensor& like) {
+  const cpu::ParallelFor parallel_for =
+      threads_for(static_cast<int64_t>(rows.entries.size() * sizeof(rows.entries[0])));
   Tensor counts = empty_counts(like, rows.n_tokens(), rows.n_features);
   Tensor tile_ptr = empty_tile_ptr(like, rows.n_tokens(), rows.n_features);
   const cpu::PlaneSizes sizes = cpu::count(rows, static_cast<uint8_t*>(counts.mutable_data_ptr()),
-                                           static_cast<int64_t*>(tile_ptr.mutable_data_ptr()), run_on_torch_threads);
+                                           static_cast<int64_t*>(tile_ptr.mutable_data_ptr()), parallel_for);
   Planes planes = empty_planes(std::move(counts), std::move(tile_ptr), like, sizes);
   const cpu::Planes out = pointers(planes);
-  cpu::pack(rows, out.tile_ptr, out.index, out.values, run_on_torch_threads);
+  cpu::pack(rows, out.tile_ptr, out.index, out.values, parallel_for);
   return planes;
 }
 
 // The planes once `encoder` has seen every block.
 inline Planes finish(cpu::Encoder& encoder, Tensor counts, const Tensor& like, int64_t n_tokens, int64_t n_features) {
-  Planes planes = empty_planes(std::move(counts), empty_tile_ptr(like, n_tokens, n_features), like, encoder.sizes());
+  const cpu::PlaneSizes sizes = encoder.sizes();
+  Planes planes = empty_planes(std::move(counts), empty_tile_ptr(like, n_tokens, n_features), like, sizes);
   const cpu::Planes out = pointers(planes);
-  encoder.finish(out.index, out.values, out.tile_ptr, run_on_torch_threads);
+  encoder.finish(out.index, out.values, out.tile_ptr,
+                 threads_for(sizes.index_bytes + sizes.n_values * item_bytes(dtype_of(like))));
   return planes;
 }
 

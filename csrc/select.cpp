@@ -20,8 +20,8 @@ Planes topk_encode(const Tensor& matrix, int64_t k) {
   STD_TORCH_CHECK(n_features <= UINT32_MAX, "x is too wide");
   cpu::TopK selection(dtype_of(x), n_features, k, cpu::Order::magnitude);
   for (int64_t token = 0; token < n_tokens; token += kChunkTokens) {
-    const Tensor chunk = torch::stable::narrow(x, 0, token, std::min(kChunkTokens, n_tokens - token));
-    selection.add(dense_of(chunk), token, 0, run_on_torch_threads);
+    const cpu::Dense chunk = dense_of(torch::stable::narrow(x, 0, token, std::min(kChunkTokens, n_tokens - token)));
+    selection.add(chunk, token, 0, threads_for(chunk));
   }
   return pack_rows(selection.finish(), x);
 }
@@ -30,7 +30,8 @@ Tensor row_sq_norm(const Tensor& matrix) {
   check_matrix(matrix, "x");
   const Tensor x = whole_rows(matrix);
   Tensor sq_norms = torch::stable::new_empty(x, {x.size(0)}, ScalarType::Double);
-  cpu::row_sq_norms(dense_of(x), static_cast<double*>(sq_norms.mutable_data_ptr()), run_on_torch_threads);
+  const cpu::Dense dense = dense_of(x);
+  cpu::row_sq_norms(dense, static_cast<double*>(sq_norms.mutable_data_ptr()), threads_for(dense));
   return sq_norms;
 }
 

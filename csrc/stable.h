@@ -23,6 +23,20 @@ inline void run_on_torch_threads(int64_t n, cpu::ParallelBody body, void* contex
   TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, 1, body, context));
 }
 
+// Work on fewer bytes takes some 20 us. To wake threads for it gains nothing, takes milliseconds where cores are busy,
+// and hangs in a process that was forked after OpenMP had started its threads.
+constexpr int64_t kThreadedBytes = 1 << 18;
+inline cpu::ParallelFor threads_for(int64_t n_bytes) {
+  return n_bytes < kThreadedBytes ? cpu::run_serially : run_on_torch_threads;
+}
+inline cpu::ParallelFor threads_for(const cpu::Dense& x) {
+  return threads_for(x.n_tokens * x.n_features * item_bytes(x.dtype));
+}
+inline cpu::ParallelFor threads_for(const cpu::Encoding& encoding) {
+  return threads_for(n_columns(encoding.n_features) * encoding.n_tokens + encoding.index_bytes +
+                     encoding.n_values * item_bytes(encoding.dtype));
+}
+
 // An op of torch's that the stable headers do not wrap, and that returns a tensor.
 template <typename... Arguments>
 Tensor call_torch(const char* name, const char* overload, const Arguments&... arguments) {

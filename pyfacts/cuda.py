@@ -4,7 +4,7 @@ What is computed and encoded at once goes through the *device form* (csrc/cuda/a
 into scratch memory that fits the L2 cache, and packed from there with `encode_out`, one behind the other, without
 waiting for the GPU. `canonicalise` then makes the planes; it waits once, for their sizes.
 
-`slice`, `cat` and `neuron` run on the CPU: the planes travel there, which are small, and the results back.
+`slice`, `take`, `cat` and `neuron` run on the CPU: the planes travel there, which are small, and the results back.
 
 Nothing here asks what device its tensors are on, so that the tests run it on the CPU too.
 """
@@ -323,7 +323,7 @@ def register() -> None:
     encoders = (linear_relu_encode, gated_relu_encode, linear_topk_encode, topk_encode)
     computed = (*encoders, row_sq_norm, sparse_linear_grad_weight)
     kernels: dict[str, Callable[..., Any]] = {kernel.__name__: kernel for kernel in computed}
-    kernels |= {name: on_the_cpu(getattr(torch.ops.pyfacts, name)) for name in ("slice", "cat", "neuron")}
+    kernels |= {name: on_the_cpu(getattr(torch.ops.pyfacts, name)) for name in ("slice", "take", "cat", "neuron")}
     for name, kernel in kernels.items():
         torch.library.impl(f"pyfacts::{name}", "CUDA")(_plain(kernel))
 

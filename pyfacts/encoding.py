@@ -2,16 +2,18 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from . import _library, cuda, ops
+from .errors import OutOfRangeError
 from .scalars import as_float, in_range, token_range
 from .wording import human_bytes
 
 if TYPE_CHECKING:
+    import numpy as np
     import scipy.sparse
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -158,11 +160,26 @@ class EncodedActivations:
 
     feature = neuron
 
-    def __getitem__(self, tokens: int | slice) -> "EncodedActivations":
-        """Returns the encoding of a range of tokens, a copy; a single token gives one row."""
-        start, stop = token_range(tokens, len(self), "; use neuron(j) for a feature, to_dense() or cat for more")
-        sq_norm = None if self.sq_norm is None else self.sq_norm[start:stop].clone()
-        counts, index, values, tile_ptr = ops.slice_tokens(self.planes, self.n_features, start, stop)
+    def __getitem__(self, tokens: "int | slice | Sequence[int] | np.ndarray | Tensor") -> "EncodedActivations":
+        """Returns the encoding of some tokens, a copy.
+
+        Args:
+            tokens: an index, which gives one row; a slice; or a list, array or tensor of indices, in any order and as
+                often as you like, or of bools [n_tokens].
+
+        Raises:
+            OutOfRangeError: (a ValueError and an IndexError) an index is not in [-n_tokens, n_tokens).
+            TypeError, ValueError: tokens are something else, or bools of another number.
+        """
+        chosen = _chosen(tokens, len(self))
+        if chosen is None:
+            start, stop = token_range(tokens, len(self), ", or a list or tensor of any; use neuron(j) for a feature")
+            counts, index, values, tile_ptr = ops.slice_tokens(self.planes, self.n_features, start, stop)
+            sq_norm = None if self.sq_norm is None else self.sq_norm[start:stop].clone()
+        else:
+            chosen = chosen.to(self.device)
+            counts, index, values, tile_ptr = ops.take_tokens(self.planes, self.n_features, chosen)
+            sq_norm = None if self.sq_norm is None else self.sq_norm[chosen]
         return replace(self, counts=counts, index=index, values=values, tile_ptr=tile_ptr, sq_norm=sq_norm)
 
     def to(self, device: torch.device | str) -> "EncodedActivations":
@@ -289,6 +306,30 @@ def check_matrix(name: str, x: Tensor) -> None:
         )
     if x.device.type not in ("cpu", "cuda", "meta"):
         raise ValueError(f"{name} is on {x.device}, and pyfacts has kernels for CPUs and CUDA only; use .cpu()")
+
+
+def _chosen(tokens: Any, n_tokens: int) -> Tensor | None:
+    """The tokens that a list, an array, bools or a slice with a step name, int64 on the CPU; None of anything else."""
+    if isinstance(tokens, slice):
+        return (
+            None if tokens.step in (None, 1) else torch.tensor(range(n_tokens)[tokens], dtype=torch.int64, device="cpu")
+        )
+    if isinstance(tokens, str | tuple) or not hasattr(tokens, "__len__") or getattr(tokens, "ndim", 1) == 0:
+        return None
+    try:
+        indices = torch.as_tensor(tokens, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"tokens must be integers or bools [n], got {tokens!r:.80}") from error
+    if indices.dtype == torch.bool:
+        if indices.shape != (n_tokens,):
+            raise ValueError(f"bools that choose tokens must be [{n_tokens}], got shape {tuple(indices.shape)}")
+        return indices.nonzero().squeeze(1)
+    if indices.dim() != 1 or (len(indices) and (indices.is_floating_point() or indices.is_complex())):
+        raise TypeError(f"tokens must be integers or bools [n], got {indices.dtype} of shape {tuple(indices.shape)}")
+    indices = indices.long()
+    if wrong := indices[(indices < -n_tokens) | (indices >= n_tokens)].tolist():
+        raise OutOfRangeError(f"token {wrong[0]} is out of range: there are {n_tokens}")
+    return torch.where(indices < 0, indices + n_tokens, indices)
 
 
 def _check_writable(out: Tensor) -> None:

@@ -92,6 +92,11 @@ def slice_tokens(planes: Planes, n_features: int, start: int, stop: int) -> Plan
     return torch.ops.pyfacts.slice(*planes, n_features, start, stop)
 
 
+def take_tokens(planes: Planes, n_features: int, tokens: Tensor) -> Planes:
+    """Returns the encoding of some tokens, int64 [n] in any order, a copy."""
+    return torch.ops.pyfacts.take(*planes, n_features, tokens)
+
+
 def cat(encodings: list[Planes], n_features: int) -> Planes:
     """Stacks encodings by token."""
     counts, index, values, tile_ptr = (list(plane) for plane in zip(*encodings, strict=True))
@@ -322,6 +327,11 @@ def _(
     counts: Tensor, index: Tensor, values: Tensor, tile_ptr: Tensor, n_features: int, start: int, stop: int
 ) -> Planes:
     return _empty_planes(values, stop - start, n_features)
+
+
+@torch.library.register_fake("pyfacts::take")
+def _(counts: Tensor, index: Tensor, values: Tensor, tile_ptr: Tensor, n_features: int, tokens: Tensor) -> Planes:
+    return _empty_planes(values, tokens.shape[0], n_features)
 
 
 @torch.library.register_fake("pyfacts::cat")

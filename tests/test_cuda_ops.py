@@ -273,9 +273,11 @@ def test_the_planes_travel_to_the_cpu_for_these(device: str, dtype: torch.dtype)
     x = sparse(140, 300, 0.1, dtype)
     enc = pyfacts.encode(x)
     planes = enc.to(device).planes
-    names = ("slice", "cat", "neuron")
+    names = ("slice", "take", "cat", "neuron")
     run = {name: cuda.on_the_cpu(getattr(OPS, name)) if device == "cpu" else getattr(OPS, name) for name in names}
     assert_same_planes(run["slice"](*planes, 300, 3, 130), enc[3:130].planes)
+    chosen = torch.tensor([139, 0, 0], device=device)
+    assert_same_planes(run["take"](*planes, 300, chosen), enc[[139, 0, 0]].planes)
     twice = [[plane, plane] for plane in planes]
     assert_same_planes(run["cat"](*twice, 300), pyfacts.cat([enc, enc]).planes)
     for ours, theirs in zip(run["neuron"](*planes, 300, 7), enc.neuron(7), strict=True):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from reference import BITS, assert_same_bits, bits, decoded, encode, from_bits
 
 import pyfacts
+from pyfacts import ops
 
 # One bit pattern of each kind per dtype: exponent all ones with and without mantissa, subnormals, both zeros.
 SPECIAL = {
@@ -205,13 +206,67 @@ def test_rows_by_number_and_iteration() -> None:
     assert_same_bits(torch.cat([row.to_dense() for row in enc]), x)
     with pytest.raises(IndexError, match="token 5 is out of range"):
         enc[5]
-    with pytest.raises(ValueError, match="step 2"):
-        enc[::2]
-    for other in ((slice(None), 3), [1, 2], torch.tensor([1, 2]), 1.0, None, True):
-        with pytest.raises(TypeError, match=r"token must be an int, got .*a slice of consecutive tokens will do"):
+    for other in ((slice(None), 3), (1, 2), 1.0, None, True, "1"):
+        with pytest.raises(
+            TypeError, match=r"token must be an int, got .*, or a list or tensor of any; use neuron\(j\)"
+        ):
             enc[other]
     with pytest.raises(TypeError, match=r"feature must be an int, got 1\.0"):
         enc.neuron(1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_features", [0, 5, 520])
+def test_chosen_tokens(dtype: torch.dtype, n_features: int) -> None:
+    """In any order, more than once, by every kind of index, of whole columns and of segments of 255 and 256 values."""
+    x = sparse(300, n_features, 0.15, dtype)
+    x[::7] = sparse(300, n_features, 1.0, dtype)[::7]
+    enc = pyfacts.encode(x)
+    for chosen in (
+        [1, 5, 9],
+        [299, -300, 7, 7, 7],
+        [],
+        slice(None, None, 2),
+        slice(200, 3, -9),
+        slice(5, 1, 2),
+        range(4),
+    ):
+        rows = x[list(range(300))[chosen] if isinstance(chosen, slice) else list(chosen)]
+        assert_canonical(enc[chosen], rows)
+        if not isinstance(chosen, slice):
+            assert_canonical(enc[np.array(chosen, np.int32)], rows)
+            assert_canonical(enc[torch.tensor(chosen, dtype=torch.int16)], rows)
+    mask = torch.rand(300) < 0.3
+    for bools in (mask, mask.numpy(), mask.tolist()):
+        assert_canonical(enc[bools], x[mask])
+    assert_canonical(enc[torch.tensor(3)], x[3:4])
+
+
+def test_chosen_tokens_keep_their_norms_and_leave_the_rest() -> None:
+    x = torch.randn(300, 40)
+    enc = pyfacts.encode(x, min_abs=1.0)
+    assert torch.equal(enc[[7, 7, 2]].sq_norm, enc.sq_norm[[7, 7, 2]])
+    assert enc[[5]].dropped_share == enc[5].dropped_share > 0
+
+
+def test_tokens_that_cannot_be_chosen() -> None:
+    enc = pyfacts.encode(torch.eye(5))
+    for beyond in ([0, 5], torch.tensor([-6])):
+        with pytest.raises(IndexError, match="token (5|-6) is out of range: there are 5"):
+            enc[beyond]
+    with pytest.raises(ValueError, match=r"bools that choose tokens must be \[5\], got shape \(4,\)"):
+        enc[[True] * 4]
+    for other in ([1.5], torch.ones(2, 2, dtype=torch.int64), ["a"], {}, enc):
+        with pytest.raises(TypeError, match=r"tokens must be integers or bools \[n\]"):
+            enc[other]
+    with pytest.raises(ValueError, match="step cannot be zero"):
+        enc[::0]
+    with pytest.raises(RuntimeError, match="token 5 out of range for 5 tokens"):
+        ops.take_tokens(enc.planes, 5, torch.tensor([5]))
+    with pytest.raises(RuntimeError, match="not a valid encoding"):
+        broken = enc.counts.clone()
+        broken[0, 2] = 3
+        ops.take_tokens((broken, *enc.planes[1:]), 5, torch.tensor([0]))
 
 
 @pytest.mark.parametrize("lengths", [(128, 128), (1, 300, 0, 127), (0, 0), (5,), (129, 255, 3)])

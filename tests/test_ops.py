@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ def samples(dtype: torch.dtype) -> list[tuple[object, tuple[object, ...]]]:
         (OPS.decode.default, (*planes, 300, False)),
         (OPS.decode_out.default, (*planes, 300, False, torch.empty_like(x))),
         (OPS.slice.default, (*planes, 300, 3, 129)),
+        (OPS.take.default, (*planes, 300, torch.tensor([5, 3, 3]))),
         (OPS.cat.default, (*parts, 300)),
         (OPS.neuron.default, (*planes, 300, 299)),
         (OPS.to_csr.default, (*planes, 300)),
@@ -42,7 +44,7 @@ def samples(dtype: torch.dtype) -> list[tuple[object, tuple[object, ...]]]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("number", range(15))
+@pytest.mark.parametrize("number", range(16))
 def test_opcheck(dtype: torch.dtype, number: int) -> None:
     op, args = samples(dtype)[number]
     torch.library.opcheck(op, args)
@@ -189,6 +191,33 @@ def test_an_unknown_instruction_set_is_refused() -> None:
     assert "PYFACTS_ISA is 'avx9'" in done.stderr and "scalar" in done.stderr
     without_torch = run_with_isa("avx9", "import sys; sys.modules['torch'] = None; import pyfacts")
     assert without_torch.returncode and "PYFACTS_ISA is 'avx9'" in without_torch.stderr
+
+
+FORKED = """
+import multiprocessing, torch, pyfacts
+
+def work(small):
+    again = pyfacts.encode(small.to_dense())
+    assert len(pyfacts.cat([again, small[3:5], small[[1, 0]]]).to_csr().values()) > small.nnz
+    assert pyfacts.topk(3).encode(small.to_dense()).nnz == 60
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    small = pyfacts.encode(torch.relu(torch.randn(2000, 2000)))[:20]  # OpenMP has started its threads
+    child = multiprocessing.get_context("fork").Process(target=work, args=(small,))
+    child.start()
+    child.join(60)
+    code = child.exitcode
+    child.kill()
+    print(code)
+"""
+
+
+def test_small_matrices_in_a_forked_process(tmp_path: Path) -> None:
+    """Which has none of the threads that its parent's OpenMP counts on."""
+    (tmp_path / "forked.py").write_text(FORKED)
+    done = subprocess.run([sys.executable, "forked.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout == "0\n", done.stderr
 
 
 def test_one_thread_and_many_give_the_same_bytes() -> None:

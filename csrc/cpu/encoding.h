@@ -142,6 +142,13 @@ Status to_csr(const Encoding& encoding, int64_t* crow, int64_t* col, void* value
 Status slice_sizes(const Encoding& encoding, int64_t start, int64_t stop, PlaneSizes* sizes, ParallelFor parallel_for);
 Status slice(const Encoding& encoding, int64_t start, int64_t stop, const Planes& out, ParallelFor parallel_for);
 
+// n tokens in any order, each any number of times: first where each column begins in the new planes, and behind the
+// last their sizes, bases [n_columns + 1]; then the planes, of an encoding and tokens that take_sizes has found valid.
+Status take_sizes(const Encoding& encoding, const int64_t* tokens, int64_t n, PlaneSizes* bases,
+                  ParallelFor parallel_for);
+Status take(const Encoding& encoding, const int64_t* tokens, int64_t n, const PlaneSizes* bases, const Planes& out,
+            ParallelFor parallel_for);
+
 // Stacks encodings of equal dtype and n_features by token. Sizes add up.
 Status cat(const Encoding* encodings, int64_t n_encodings, const Planes& out, ParallelFor parallel_for);
 

@@ -1,4 +1,4 @@
-// What can be done with an encoding without making it dense: slices, stacks, one feature, CSR.
+// What can be done with an encoding without making it dense: slices, chosen tokens, stacks, one feature, CSR.
 // They walk segments one by one (see segments.h) and move packed bytes.
 #include <cstring>
 #include <memory>
@@ -86,6 +86,17 @@ Status stack_pieces(int64_t n_pieces, int64_t n_tokens, int64_t n_features, DTyp
 Piece make_piece(const Encoding& encoding, int64_t column, int64_t start, int64_t stop) {
   if (start >= stop) return {&encoding, {0, 0}, {0, 0}, start, start};
   return {&encoding, locate(encoding, column, start), locate(encoding, column, stop), start, stop};
+}
+
+// Where the segments of a column start in the planes; and behind the last where they end: [n_tokens + 1].
+std::unique_ptr<PlaneSizes[]> segment_starts(const Encoding& encoding, int64_t column) {
+  std::unique_ptr<PlaneSizes[]> starts(new PlaneSizes[encoding.n_tokens + 1]);
+  const auto* const values = static_cast<const uint8_t*>(encoding.values);
+  const int64_t item = item_bytes(encoding.dtype);
+  for (ColumnReader segment(encoding, column);; segment.next()) {
+    starts[segment.token()] = {segment.index() - encoding.index, (segment.values() - values) / item};
+    if (segment.token() == encoding.n_tokens) return starts;
+  }
 }
 
 // The rank of feature j (within its column) among a segment's n stored values, or -1 if it is not stored.
@@ -188,6 +199,49 @@ Status slice(const Encoding& encoding, int64_t start, int64_t stop, const Planes
   if (!layout.ok()) return layout;
   return stack_pieces(1, stop - start, encoding.n_features, encoding.dtype, out, parallel_for,
                       [&](int64_t, int64_t column) { return make_piece(encoding, column, start, stop); });
+}
+
+Status take_sizes(const Encoding& encoding, const int64_t* tokens, int64_t n, PlaneSizes* bases,
+                  ParallelFor parallel_for) {
+  const Status layout = check_layout(encoding, parallel_for);
+  if (!layout.ok()) return layout;
+  const int64_t columns = n_columns(encoding.n_features);
+  bases[0] = {};
+  parallel(columns, parallel_for, [&](int64_t begin, int64_t end) {
+    for (int64_t column = begin; column < end; ++column) {
+      PlaneSizes& sizes = bases[column + 1] = {};
+      if (n == 0) continue;
+      const auto starts = segment_starts(encoding, column);
+      for (int64_t i = 0; i < n; ++i) {
+        sizes.index_bytes += starts[tokens[i] + 1].index_bytes - starts[tokens[i]].index_bytes;
+        sizes.n_values += starts[tokens[i] + 1].n_values - starts[tokens[i]].n_values;
+      }
+    }
+  });
+  for (int64_t column = 0; column < columns; ++column) {
+    bases[column + 1].index_bytes += bases[column].index_bytes;
+    bases[column + 1].n_values += bases[column].n_values;
+  }
+  return {};
+}
+
+Status take(const Encoding& encoding, const int64_t* tokens, int64_t n, const PlaneSizes* bases, const Planes& out,
+            ParallelFor parallel_for) {
+  const int64_t item = item_bytes(encoding.dtype);
+  if (n == 0) return {};
+  return parallel_check(n_columns(encoding.n_features), parallel_for, [&](int64_t column) -> Status {
+    const auto starts = segment_starts(encoding, column);
+    uint8_t* counts = out.counts + column * n;
+    uint8_t* index = out.index + bases[column].index_bytes;
+    uint8_t* values = static_cast<uint8_t*>(out.values) + bases[column].n_values * item;
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t token = tokens[i];
+      copy_piece({&encoding, starts[token], starts[token + 1], token, token + 1}, column, item, &counts, &index,
+                 &values);
+    }
+    return write_starts(out, column, n, column_width(encoding.n_features, column), bases[column],
+                        bases[column + 1].index_bytes - bases[column].index_bytes);
+  });
 }
 
 Status cat(const Encoding* encodings, int64_t n_encodings, const Planes& out, ParallelFor parallel_for) {
