@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from .dump.worker import Progress as DumpProgress
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
+LINE_EVERY_S = 60.0  # of progress, in a log
 
 app = typer.Typer(
     name="pyfacts",
@@ -340,7 +342,7 @@ def _interruptible() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _shown_progress() -> Iterator[Any]:
-    """A bar with tokens/s and the time left on a terminal, nothing elsewhere; the projected size once, on both."""
+    """A bar with tokens/s and the time left on a terminal, a line a minute elsewhere; the projected size once."""
     columns = (
         TextColumn("dump"),
         BarColumn(),
@@ -352,9 +354,10 @@ def _shown_progress() -> Iterator[Any]:
     with Progress(*columns, console=err, disable=not err.is_terminal, transient=True) as bar:
         task = bar.add_task("dump", total=None, rate="-")
         projected = False
+        said = time.monotonic()
 
         def show(progress: DumpProgress) -> None:
-            nonlocal projected
+            nonlocal projected, said
             if progress.tokens_resumed == progress.tokens_total:
                 err.print("all of it was committed before", highlight=False)
             if not projected and progress.tokens_done > progress.tokens_resumed:
@@ -369,6 +372,10 @@ def _shown_progress() -> Iterator[Any]:
             elapsed = bar.tasks[0].elapsed or 0
             rate = f"{(progress.tokens_done - progress.tokens_resumed) / elapsed:,.0f}" if elapsed else "-"
             bar.update(task, completed=progress.tokens_done, total=progress.tokens_total, rate=rate)
+            if not err.is_terminal and time.monotonic() - said >= LINE_EVERY_S:
+                said = time.monotonic()
+                done = f"{progress.tokens_done:,} of {progress.tokens_total:,} tokens"
+                err.print(f"{done}, {progress.shards_done} shards committed, {rate} tokens/s", highlight=False)
 
         yield show
 

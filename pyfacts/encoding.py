@@ -195,6 +195,11 @@ class EncodedActivations:
         return self.to("cpu")
 
 
+torch.serialization.add_safe_globals(
+    [EncodedActivations]
+)  # torch.load: tensors and numbers, checked when they are used
+
+
 def encode(x: Tensor, min_abs: float = 0.0, signed_zero: bool = False) -> EncodedActivations:
     """Packs a matrix of activations: every value that is not zero, and every NaN, bit for bit.
 

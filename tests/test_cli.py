@@ -100,6 +100,12 @@ def test_dump_says_what_it_wrote_and_draws_no_bar_in_a_pipe(run: Run, work: Path
     assert f"{d.n_tokens:,} tokens of 2 hooks" in done.stdout and d.codec == "none"
 
 
+def test_a_log_shows_where_it_is(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "LINE_EVERY_S", 0.0)
+    done = run("dump", "opt", "text.jsonl", "logged", "--context-size", "32", "--shard-tokens", "4096")
+    assert re.search(r"[\d,]+ of [\d,]+ tokens, \d+ shards committed, [\d,]+ tokens/s", done.stderr)
+
+
 def test_the_same_command_resumes(run: Run, work: Path) -> None:
     """A finished dump is not computed again; another plan in the same directory is refused."""
     before = {path: path.stat().st_mtime_ns for path in (work / "out").rglob("*")}
@@ -108,6 +114,8 @@ def test_the_same_command_resumes(run: Run, work: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in (work / "out").rglob("*")} == before
     other = run("dump", "opt", "text.jsonl", "out", "--context-size", "16", "--shard-tokens", "4096")
     assert other.returncode == 1 and "holds another dump" in other.stderr
+    other = run("dump", "opt", "text.jsonl", "out", "--context-size", "32", "--hooks", "blocks.1.mlp.hook_post")
+    assert "of its hooks blocks.0.mlp.hook_post are missing here, and none are new" in other.stderr
 
 
 def test_hooks_and_selections(run: Run, work: Path) -> None:

@@ -1,6 +1,7 @@
 """What `dump` takes as model and tokens, and what it says of input that it cannot take."""
 
 import json
+import resource
 
 import numpy as np
 import pytest
@@ -8,9 +9,10 @@ import torch
 from dump_models import CONTEXT, HOOKS, VOCAB, TinyModel, hooked, one_thread, tokens  # noqa: F401
 from tiny_models import opt, t5
 
-from pyfacts.dump import arguments, documents
+from pyfacts.dump import DumpError, arguments, documents
 from pyfacts.dump.inputs import read_tokens
 from pyfacts.dump.run import dump
+from pyfacts.dump.store import Directory
 
 WORDS = [f"w{i}" for i in range(40)]
 DOCUMENTS = [" ".join(WORDS[(i * j) % 40] for j in range(1, n)) for i, n in enumerate((5, 30, 2, 71, 12))]
@@ -43,7 +45,7 @@ def model_directory(tokenizer, tmp_path_factory):
 
 
 def read(source, directory):
-    return read_tokens(source, directory, load_tokenizer=pytest.fail)
+    return read_tokens(source, Directory(directory), load_tokenizer=pytest.fail)
 
 
 @pytest.mark.parametrize("name", ["OPT", "Bert", "Gemma2", "T5"])
@@ -96,7 +98,7 @@ KINDS = ["jsonl text", "jsonl ids", "parquet text", "parquet ids", "data set", "
 def test_every_source_gives_the_same_sequences(kind, tokenizer, ids, tmp_path):
     source = write(kind, tmp_path, ids)
     before = sorted(tmp_path.rglob("*"))
-    found = read_tokens(source, tmp_path, load_tokenizer=lambda: tokenizer, context_size=20)
+    found = read_tokens(source, Directory(tmp_path), load_tokenizer=lambda: tokenizer, context_size=20)
     assert sorted(tmp_path.rglob("*")) == before  # the spool has no name
     expected = [(d, at, row[at : at + 20]) for d, row in enumerate(ids) for at in range(0, len(row), 20)]
     batch = found.batch(0, found.n_sequences)
@@ -127,7 +129,7 @@ def test_a_text_file_and_the_models_own_tokenizer(model_directory, tokenizer, tm
 def test_long_text_files_are_read_in_pieces(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "TEXT_PIECE_CHARS", 100)
     (tmp_path / "x.txt").write_text("\n".join(DOCUMENTS))
-    found = read_tokens(tmp_path / "x.txt", tmp_path, load_tokenizer=lambda: tokenizer)
+    found = read_tokens(tmp_path / "x.txt", Directory(tmp_path), load_tokenizer=lambda: tokenizer)
     pieces, text = [], "\n".join(DOCUMENTS)
     while text:
         end = text.find("\n", 100) + 1
@@ -150,7 +152,7 @@ def test_a_stream_is_cut_and_not_read_into_memory(how, tmp_path):
     np.save(tmp_path / "x.npy", stream)
     source = {"array": stream, "npy": tmp_path / "x.npy", "memmap": np.load(tmp_path / "x.npy", mmap_mode="r")}[how]
     if how == "memmap":
-        found = read_tokens(source, tmp_path, load_tokenizer=pytest.fail, context_size=CONTEXT)
+        found = read_tokens(source, Directory(tmp_path), load_tokenizer=pytest.fail, context_size=CONTEXT)
         assert np.shares_memory(found.ids, source)
     with pytest.raises(ValueError, match="context_size="):
         dump(TinyModel(), source, tmp_path / "out", names_filter=HOOKS)
@@ -283,7 +285,7 @@ def test_a_token_mask_shaped_like_what_a_tokenizer_returned(tmp_path):
     single = {"input_ids": [2, 4, 6, 8], "attention_mask": [1, 1, 1, 0]}
 
     def captured(source, mask):
-        found = read_tokens(source, tmp_path, load_tokenizer=pytest.fail, token_mask=mask)
+        found = read_tokens(source, Directory(tmp_path), load_tokenizer=pytest.fail, token_mask=mask)
         batch = found.batch(0, found.n_sequences)
         return batch.ids[batch.captured].tolist(), batch.position.tolist()
 
@@ -325,6 +327,29 @@ class TestBadInput:
     def test_a_mapping_of_one_text_is_one_document(self):
         assert list(documents.read_documents({"text": "w1 w2"})) == ["w1 w2"]
         assert list(documents.read_documents({"text": ["w1", "w2"]})) == ["w1", "w2"]
+
+    @pytest.mark.parametrize("kind", ["pandas", "arrow", "file"])
+    def test_tables_and_open_files(self, kind, tmp_path):
+        """Iterating over them gives the names of columns, and lines."""
+        import pandas
+        import pyarrow
+
+        (tmp_path / "x.txt").write_text("w1")
+        with open(tmp_path / "x.txt") as file:
+            make = {"pandas": pandas.DataFrame, "arrow": pyarrow.table}.get(kind, lambda columns: file)
+            with pytest.raises(TypeError, match="tokens: of an? .* give the"):
+                read(make({"text": ["w1"]}), tmp_path)
+
+    def test_a_disk_that_cannot_hold_the_tokens(self, tmp_path):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        documents = ([1] * 1000 for _ in range(100))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+        try:
+            with pytest.raises(DumpError, match="cannot be written: .*the same call resumes"):
+                read(documents, tmp_path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert not list(tmp_path.iterdir())
 
     def test_a_mapping_of_something_else(self, tmp_path):
         with pytest.raises(ValueError, match=r"the mapping has the fields train, test; one of input_ids"):

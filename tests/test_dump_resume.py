@@ -443,7 +443,6 @@ class TestAnotherDumpInTheDirectory:
             ({"codec": "none"}, "codec"),
             ({"batch_size": 4}, "batch_size"),
             ({"shard_tokens": 4999}, "shard"),
-            ({"names_filter": HOOKS[:1]}, "hooks"),
             ({"select": topk(3)}, "select"),
             ({"token_mask": torch.arange(CONTEXT).expand(N_SEQUENCES, CONTEXT) > 0}, "tokens"),
         ],
@@ -453,6 +452,17 @@ class TestAnotherDumpInTheDirectory:
             resume(tmp_path, progress=raise_at(1, KeyboardInterrupt))
         with pytest.raises(DumpError, match=rf"another dump: {field}\S* is .* there and .* here; .*resume"):
             resume(tmp_path, **changes)
+
+    def test_hooks(self, tmp_path):
+        with pytest.raises(KeyboardInterrupt):
+            resume(tmp_path, progress=raise_at(1, KeyboardInterrupt))
+        for hooks, message in (
+            (HOOKS[:1], "of its hooks layers.1.down are missing here, and none are new;"),
+            ([*HOOKS, "layers.0.up"], "of its hooks none are missing here, and layers.0.up are new;"),
+            ([HOOKS[0], "layers.0.up"], r"hooks\[\d\]"),
+        ):
+            with pytest.raises(DumpError, match=f"another dump: {message}.*resume"):
+                resume(tmp_path, names_filter=hooks)
 
     def test_tokens_weights_and_dtype(self, tmp_path):
         with pytest.raises(KeyboardInterrupt):

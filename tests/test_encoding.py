@@ -1,6 +1,7 @@
 """encode, decode and the record, against the plain twin in reference.py; bits are compared."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -247,6 +248,14 @@ def test_chosen_tokens_keep_their_norms_and_leave_the_rest() -> None:
     enc = pyfacts.encode(x, min_abs=1.0)
     assert torch.equal(enc[[7, 7, 2]].sq_norm, enc.sq_norm[[7, 7, 2]])
     assert enc[[5]].dropped_share == enc[5].dropped_share > 0
+
+
+def test_saved_with_torch(tmp_path: Path) -> None:
+    enc = pyfacts.encode(torch.randn(300, 40), min_abs=1.0)
+    torch.save({"enc": enc}, tmp_path / "enc.pt")
+    again = torch.load(tmp_path / "enc.pt")["enc"]
+    assert_same_bits(again.to_dense(), enc.to_dense())
+    assert torch.equal(again.sq_norm, enc.sq_norm) and again.n_features == 40
 
 
 def test_tokens_that_cannot_be_chosen() -> None:

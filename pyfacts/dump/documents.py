@@ -31,9 +31,14 @@ def read_documents(source: Any) -> Iterable[Document] | np.ndarray:
 
     Raises:
         ValueError: the path does not exist, is of an unknown kind, or has no field of text or token ids.
+        TypeError: the source is a table or an open file.
     """
     if isinstance(source, Mapping):
         return _mapping(source)
+    if hasattr(source, "columns"):  # pandas', polars' or Arrow's: the names of its columns would pass for documents
+        raise TypeError(f"tokens: of a {type(source).__name__} give the column with the texts, such as table['text']")
+    if hasattr(source, "read"):
+        raise TypeError(f"tokens: of an open file ({type(source).__name__}) give the path")
     if not isinstance(source, str | os.PathLike):
         return _dataset(source, "the data set") if hasattr(source, "column_names") else source
     path = Path(source)

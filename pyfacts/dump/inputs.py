@@ -1,10 +1,10 @@
 """The tokens of a dump: sequences cut from documents, in order, on disk or mapped rather than in memory."""
 
+import contextlib
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import xxhash
 
 from .documents import Document, read_documents, token_documents, without_padding
 from .files import unique_name
+from .store import Store
 
 MaskFunction = Callable[[np.ndarray], Any]
 
@@ -127,7 +128,7 @@ class TokenSurvey:
 
 def read_tokens(
     source: Any,
-    spool_directory: Path,
+    store: Store,
     *,
     load_tokenizer: Callable[[], Any],
     context_size: int | None = None,
@@ -137,7 +138,7 @@ def read_tokens(
     """Turns what a caller gives as tokens into sequences.
 
     Arrays are used where they lie (memory-mapped ones too); documents are tokenised in order and spooled to a file in
-    `spool_directory` that has no name any more, so that nothing of it stays behind.
+    `store.spool` that has no name any more, so that nothing of it stays behind.
 
     Args:
         source: integers [n_sequences, pos] or [n] (then `context_size` is needed) as a tensor or array; a list of
@@ -156,7 +157,7 @@ def read_tokens(
         flat, lengths = _flatten(opened, context_size)
     else:
         documents, is_text = _peek(opened)
-        flat, lengths = _spool(token_documents(documents, load_tokenizer), spool_directory)
+        flat, lengths = _spool(token_documents(documents, load_tokenizer), store)
         if is_text and context_size is None:
             context_size = default_context_size
     if flat.size == 0:
@@ -201,20 +202,27 @@ def _flatten(array: np.ndarray, context_size: int | None) -> tuple[np.ndarray, n
     return array.reshape(-1), lengths.astype(np.int64)
 
 
-def _spool(documents: Iterator[np.ndarray], directory: Path) -> tuple[np.ndarray, np.ndarray]:
+def _spool(documents: Iterator[np.ndarray], store: Store) -> tuple[np.ndarray, np.ndarray]:
     """Writes documents one after another into an unnamed file and maps it. Returns ids int32 [n] and their lengths."""
     lengths = []
-    path = directory / unique_name(".tokens")
-    with open(path, "x+b") as file:
+    with store.write_errors():
+        path = store.spool / unique_name(".tokens")
+        file = open(path, "x+b")  # closed below, where a full disk may refuse the last buffer again
         path.unlink()
+    try:
         for number, ids in enumerate(documents):
             if ids.size and max(int(ids.max()), -int(ids.min())) >= 2**31:
                 worst = ids[np.abs(ids).argmax()]
                 raise ValueError(f"tokens: document {number} holds the token id {worst}, which no vocabulary has")
-            file.write(ids.astype(np.int32).tobytes())
+            with store.write_errors():
+                file.write(ids.astype(np.int32).tobytes())
             lengths.append(ids.size)
-        file.flush()
+        with store.write_errors():
+            file.flush()
         flat = np.memmap(file, np.int32, mode="r") if any(lengths) else np.empty(0, np.int32)
+    finally:
+        with contextlib.suppress(OSError):
+            file.close()
     return flat, np.array(lengths, np.int64)
 
 

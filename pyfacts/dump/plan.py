@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 import xxhash
 
+from ..wording import some
 from . import layout
 from .container import is_size, parse_json
 from .errors import DumpError
@@ -255,10 +256,16 @@ def check_same(existing: Plan, wanted: Plan, store: Store) -> None:
     """Raises DumpError, naming the first field that differs, if the store holds another dump."""
     if difference := wanted.difference(existing):
         name, mine, theirs = difference
+        what = f"{name} is {theirs!r:.200} there and {mine!r:.200} here"
+        if name == "hooks":
+            there, here = ([hook["name"] for hook in hooks] for hooks in (theirs, mine))
+            missing = some(name for name in there if name not in here) or "none"
+            new = some(name for name in here if name not in there) or "none"
+            what = f"of its hooks {missing} are missing here, and {new} are new"
         empty = store.names().isdisjoint(map(record_name, range(existing.n_shards)))
         raise DumpError(
-            f"the directory holds another dump: {name} is {theirs!r:.200} there and {mine!r:.200} here; dump into "
-            "another directory, or with the same model, tokens and arguments to resume"
+            f"the directory holds another dump: {what}; dump into another directory, or with the same model, tokens "
+            "and arguments to resume"
             + (". It has no committed shard yet: if nobody is writing it, delete it and start anew" if empty else ""),
             path=store.where(PLAN_FILE),
         )

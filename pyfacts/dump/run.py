@@ -117,7 +117,7 @@ def dump(
     with store.writing():
         source = read_tokens(
             tokens,
-            store.spool,
+            store,
             load_tokenizer=functools.cache(lambda: load_tokenizer(tokenizer, module, name)),
             context_size=context_size,
             default_context_size=default_context(module),

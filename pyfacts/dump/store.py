@@ -21,6 +21,7 @@ from .errors import DumpError
 
 MAX_JSON_BYTES = 1 << 30
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+_TOO_MANY = {errno.EMFILE, errno.ENFILE}
 
 
 class Source(Protocol):
@@ -113,6 +114,8 @@ class Store(ABC):
         except OSError as error:
             full = error.errno in _FULL
             reason = "the disk is full" if full else str(error)
+            if error.errno in _TOO_MANY:
+                reason += " (a shard has one for each hook: raise `ulimit -n`, or dump fewer hooks at once)"
             raise DumpError(
                 f"cannot be written: {reason}. Shards that are committed are intact; the same call resumes",
                 path=error.filename or (self.spool if full else self.address),

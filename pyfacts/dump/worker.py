@@ -102,8 +102,8 @@ class Worker:
             for shard in todo:
                 self._write_shard(shard)
             self._await_commit()
-        self._report()
         self._sweep()
+        self._report()
 
     # ---- the plan ----------------------------------------------------------------------------------------------------
 
