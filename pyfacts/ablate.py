@@ -14,10 +14,15 @@ from .hook_point import HookPoint
 from .models import Names
 from .scalars import as_float
 from .stream import add_hook, eager, never_fired
+from .wording import some
 
 
 @contextlib.contextmanager
-def ablate(model: nn.Module, indices: Mapping[str, Iterable[int] | Tensor], value: float = 0.0) -> Iterator[None]:
+def ablate(
+    model: nn.Module,
+    indices: Mapping[str, Iterable[int] | Tensor],
+    value: float | Tensor | Mapping[str, float | Tensor] = 0.0,
+) -> Iterator[None]:
     """Sets neurons, or dimensions of the residual stream, to a value while the context is open.
 
     Works on a copy of the activations, so the model's own tensors stay whole, and gradients flow through the rest. With
@@ -29,13 +34,14 @@ def ablate(model: nn.Module, indices: Mapping[str, Iterable[int] | Tensor], valu
         model: the model, as for `pyfacts.capture`.
         indices: for each hook (a name from `pyfacts.hook_points(model)` or a module path) the features to set, each in
             [0, width).
-        value: what they are set to.
+        value: what they are set to: a number, or a tensor [n_indices] with one for each feature, such as their means;
+            for all hooks, or as {hook: value}.
 
     Raises:
-        ValueError: an unknown hook, an index out of range, a hook that reads the residual stream on its way into a
-            sublayer, where setting it would not change the stream (`hook_resid_mid`), or one in whose place SAELens put
-            an SAE.
-        TypeError: indices are not integers, or value is not a number.
+        ValueError: an unknown hook, an index out of range, values for other hooks or another number of features, a hook
+            that reads the residual stream on its way into a sublayer, where setting it would not change the stream
+            (`hook_resid_mid`), or one in whose place SAELens put an SAE.
+        TypeError: indices are not integers, or values are not numbers.
         HookNeverFired: (a ValueError and a RuntimeError) at the end, a hook that no forward reached.
 
     Example:
@@ -51,9 +57,12 @@ def ablate(model: nn.Module, indices: Mapping[str, Iterable[int] | Tensor], valu
     """
     if not isinstance(indices, Mapping):
         raise TypeError(f"indices must be a dict of hook name to feature indices, got {type(indices).__name__}")
-    value = as_float("value", value)
     if not indices:
         raise ValueError("indices is empty: name at least one hook and its features")
+    values = value if isinstance(value, Mapping) else dict.fromkeys(indices, value)
+    if values.keys() != indices.keys():
+        apart = some(sorted(values.keys() ^ indices.keys()))
+        raise ValueError(f"value must have the hooks of indices, and {apart} is in one of them only")
     names = Names(model)
     points = [names.one(name) for name in indices]
     for point in points:
@@ -62,7 +71,8 @@ def ablate(model: nn.Module, indices: Mapping[str, Iterable[int] | Tensor], valu
     with contextlib.ExitStack() as exit_stack:
         exit_stack.enter_context(eager())
         for point in points:
-            setter = _setter(point, _features(point, indices[point.name]), value, silent)
+            features = _features(point, indices[point.name])
+            setter = _setter(point, features, _values(point, features, values[point.name]), silent)
             exit_stack.callback(add_hook(names.model.get_submodule(point.module_path), point.side, setter))
         yield
     if silent:
@@ -86,6 +96,22 @@ def _features(point: HookPoint, indices: Iterable[int] | Tensor) -> Tensor:
     return torch.tensor(features, dtype=torch.int64, device="cpu")
 
 
+def _values(point: HookPoint, features: Tensor, value: float | Tensor) -> float | Tensor:
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return as_float(
+            f"{point.name}: value", value.item() if isinstance(value, Tensor) else value, "a number or a tensor"
+        )
+    if value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{point.name}: values must be real numbers, got a tensor of {value.dtype}")
+    if value.shape != features.shape:
+        raise ValueError(
+            f"{point.name}: {len(features)} features take [{len(features)}] values, got {list(value.shape)}"
+        )
+    if len(features.unique()) < len(features):
+        raise ValueError(f"{point.name}: a feature is named twice, and each has a value of its own")
+    return value
+
+
 def _check_range(name: str, features: list[int], width: int | None) -> None:
     wrong = [i for i in features if i < 0 or (width is not None and i >= width)]
     if wrong:
@@ -93,7 +119,7 @@ def _check_range(name: str, features: list[int], width: int | None) -> None:
         raise ValueError(f"{name}: feature index {wrong[0]} is out of range, expected {known}")
 
 
-def _setter(point: HookPoint, features: Tensor, value: float, silent: set[str]) -> Callable[[Any], Tensor]:
+def _setter(point: HookPoint, features: Tensor, value: float | Tensor, silent: set[str]) -> Callable[[Any], Tensor]:
     def set_features(x: Any) -> Tensor:
         silent.discard(point.name)
         if not isinstance(x, Tensor) or x.is_nested:
@@ -104,6 +130,8 @@ def _setter(point: HookPoint, features: Tensor, value: float, silent: set[str]) 
             raise ValueError(f"{point.name}: activations of width {x.shape[-1]}, but the hook's width is {point.width}")
         if point.width is None:
             _check_range(point.name, features.tolist(), x.shape[-1])
+        if isinstance(value, Tensor):
+            return x.index_copy(-1, features.to(x.device), value.to(x).expand(*x.shape[:-1], -1)).view(shape)
         return x.index_fill(-1, features.to(x.device), value).view(shape)
 
     return set_features

@@ -40,7 +40,8 @@ class capture:
         model: a Hugging Face, TransformerLens or plain model.
         names_filter: None for every MLP's neurons; a name or a list of names from `pyfacts.hook_points(model)`, or
             module paths (`"fc2"` is its input, `"fc2:output"` its output), in which `*` stands for anything; or a
-            callable that is asked about each name from `hook_points`. With `saes`, None is no hook but their latents.
+            callable that is asked about each name from `hook_points`. What a module path names counts as neurons: it is
+            packed, and `select` applies to it. With `saes`, None is no hook but their latents.
         select: None keeps every value that is not zero, exactly. `pyfacts.topk(k)` and `pyfacts.min_abs(theta)` keep
             less of dense neurons; `dropped_share` of the result says how much they dropped.
         token_mask: which tokens to keep. A bool tensor [batch, pos], or a dict of them for the streams "encoder" and

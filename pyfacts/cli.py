@@ -10,7 +10,7 @@ import contextlib
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -23,6 +23,8 @@ from rich.table import Table
 from .wording import human_bytes
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from . import Dump
     from .dump.reader import Context
     from .dump.worker import Progress as DumpProgress
@@ -133,6 +135,9 @@ def dump_command(
     context_size: Annotated[
         int | None, typer.Option(help="Tokens of a sequence; a longer text becomes several.")
     ] = None,
+    skip_bos: Annotated[
+        bool, typer.Option("--skip-bos", help="Leave out the tokenizer's beginning-of-sequence tokens.")
+    ] = False,
     shard_tokens: Annotated[int, typer.Option(help="Tokens of a shard; a crash costs at most one shard.")] = 65536,
     allow_dense: Annotated[bool, typer.Option("--allow-dense", help="Dump even if most neurons are non-zero.")] = False,
 ) -> None:
@@ -160,6 +165,7 @@ def dump_command(
             codec=codec,
             batch_size=batch_size,
             context_size=context_size,
+            token_mask=_no_bos(model) if skip_bos else None,
             shard_tokens=shard_tokens,
             allow_dense=allow_dense,
             progress=progress,
@@ -296,6 +302,16 @@ def _open(directory: str) -> Dump:
     import pyfacts
 
     return pyfacts.open_dump(directory, framework="numpy")
+
+
+def _no_bos(model: str) -> Callable[[np.ndarray], np.ndarray]:
+    """Which of a sequence's tokens do not begin one."""
+    from .dump.documents import tokenizer_of
+
+    bos = tokenizer_of(model).bos_token_id
+    if bos is None:
+        raise ValueError(f"--skip-bos: the tokenizer of {model} has no beginning-of-sequence token")
+    return lambda ids: ids != bos
 
 
 def _load_saes(arguments: list[str]) -> dict[str, Any]:

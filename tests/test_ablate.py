@@ -48,6 +48,27 @@ def test_another_value_and_a_tensor_of_indices(model):
         torch.testing.assert_close(logits(model), logits(other))
 
 
+def test_a_value_for_each_neuron(model):
+    """Of one hook, or by hook; gradients reach the values."""
+    other = copy.deepcopy(model)
+    fc2 = other.model.decoder.layers[1].fc2
+    means = torch.tensor([2.5, -1.0], requires_grad=True)
+    fc2.bias.data += fc2.weight.data[:, [3, 1]] @ means.detach()
+    fc2.weight.data[:, [3, 1]] = 0
+    for value in (means, {HOOK: means}):
+        with pyfacts.ablate(model, {HOOK: [3, 1]}, value=value):
+            torch.testing.assert_close(logits(model), logits(other))
+    values = {HOOK: means, "blocks.0.mlp.hook_post": 0.5}
+    with (
+        pyfacts.ablate(model, {"blocks.0.mlp.hook_post": [0, 7], HOOK: [3, 1]}, value=values),
+        pyfacts.capture(model) as cache,
+    ):
+        model(tiny.tokens()).logits.sum().backward()
+    assert (cache[HOOK].to_dense()[:, [3, 1]] == means).all()
+    assert (cache["blocks.0.mlp.hook_post"].to_dense()[:, [0, 7]] == 0.5).all()
+    assert means.grad.abs().min() > 0
+
+
 @pytest.mark.parametrize("name", ["hook_mlp_out", "hook_attn_out", "hook_resid_pre", "hook_resid_post"])
 def test_rows(model, name):
     """The residual stream's hooks, input or output, tuple or not: the next readers see the value."""
@@ -136,6 +157,11 @@ def test_compiled_model():
         ({}, 0.0, ValueError, "indices is empty"),
         ([HOOK], 0.0, TypeError, "dict"),
         ({HOOK: [1]}, "0", TypeError, "value must be a number"),
+        ({HOOK: [1]}, {HOOK: torch.ones(2)}, ValueError, r"1 features take \[1\] values, got \[2\]"),
+        ({HOOK: [1]}, {HOOK: torch.ones(1, dtype=torch.bool)}, TypeError, "got a tensor of torch.bool"),
+        ({HOOK: [1, 1]}, {HOOK: torch.ones(2)}, ValueError, "named twice"),
+        ({HOOK: [1]}, {"fc2": 1.0}, ValueError, r"blocks\.1\.mlp\.hook_post, fc2 is in one of them only"),
+        ({HOOK: [1]}, torch.ones(1, 1), ValueError, r"take \[1\] values"),
         ({"blocks.1.hook_resid_mid": [1]}, 0.0, ValueError, "would not reach the rest of the stream"),
     ],
 )

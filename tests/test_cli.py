@@ -118,6 +118,18 @@ def test_the_same_command_resumes(run: Run, work: Path) -> None:
     assert "of its hooks blocks.0.mlp.hook_post are missing here, and none are new" in other.stderr
 
 
+def test_without_the_beginnings_of_sequences(run: Run, work: Path) -> None:
+    np.save(work / "ids.npy", [[0, 5, 6], [0, 7, 0]])
+    refused = run("dump", "opt", "ids.npy", "no-bos", "--skip-bos")
+    assert refused.returncode == 2 and "the tokenizer of opt has no beginning-of-sequence token" in refused.stderr
+    shutil.copytree(work / "opt", work / "with-bos")
+    PreTrainedTokenizerFast.from_pretrained(work / "opt", bos_token="</s>").save_pretrained(work / "with-bos")
+    done = run("dump", "with-bos", "ids.npy", "no-bos", "--skip-bos")
+    assert done.returncode == 0, done.stderr
+    d = pyfacts.open_dump(work / "no-bos")
+    assert d.token_ids[:].tolist() == [5, 6, 7] and d.positions[:].tolist() == [[0, 1], [0, 2], [1, 1]]
+
+
 def test_hooks_and_selections(run: Run, work: Path) -> None:
     hook = "blocks.0.mlp.hook_post"
     done = run("dump", "gpt2", "text.jsonl", "topk", "--hooks", hook, "--topk", "8", "--context-size", "32")
