@@ -133,13 +133,14 @@ def missing_packages() -> list[str]:
 
 def sanitize(check: Check, pytest: list[str], hung: bool) -> None:
     """Memory errors and races, in what is left of the time; not of fused kernels that hang."""
-    sanitizer = working_sanitizer() if check.left_s() > 2 * LEAST_SANITIZED_S else None
+    in_time = check.left_s() > 2 * LEAST_SANITIZED_S  # the probe takes its part
+    sanitizer = working_sanitizer() if in_time else None
     for step, tool, tests in (
         ("memcheck, fused", MEMCHECK, SANITIZED_FUSED),
         ("memcheck", MEMCHECK, SANITIZED),
         ("racecheck", ["--tool", "racecheck"], SANITIZED),
     ):
-        if check.left_s() < LEAST_SANITIZED_S:
+        if not in_time or check.left_s() < LEAST_SANITIZED_S:
             check.skip(step, "not run: no time was left")
         elif sanitizer is None:
             check.skip(step, "not run: no compute-sanitizer that works on this device")

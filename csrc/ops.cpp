@@ -1,6 +1,7 @@
 // Schemas of every pyfacts op and their CPU kernels: check -> allocate -> call a torch-free kernel.
 //
 // An encoding travels as its four planes (counts, index, values, tile_ptr) and n_features; see format.h and planes.h.
+#include <algorithm>
 #include <cstring>
 #include <memory>
 #include <string>
@@ -103,9 +104,10 @@ Tensor sparse_linear(const Tensor& counts, const Tensor& index, const Tensor& va
     b = contiguous(*bias);
   }
   Tensor out = new_empty(values, {encoding.n_tokens, d_out}, values.scalar_type());
-  check_status(cpu::sparse_linear(encoding, {w.const_data_ptr(), w.stride(0)},
-                                  b.has_value() ? b->const_data_ptr() : nullptr, d_out, out.mutable_data_ptr(),
-                                  threads_for(encoding.n_values * d_out * item_bytes(encoding.dtype))));
+  check_status(
+      cpu::sparse_linear(encoding, {w.const_data_ptr(), w.stride(0)}, b.has_value() ? b->const_data_ptr() : nullptr,
+                         d_out, out.mutable_data_ptr(),
+                         threads_for((encoding.n_values + encoding.n_tokens) * d_out * item_bytes(encoding.dtype))));
   return out;
 }
 
@@ -114,9 +116,9 @@ Tensor sparse_linear_grad_weight(const Tensor& counts, const Tensor& index, cons
   const cpu::Encoding encoding = view(counts, index, values, tile_ptr, n_features);
   const Tensor g = dense_operand(grad, "grad", encoding.n_tokens, values);
   Tensor out = new_empty(values, {n_features, g.size(1)}, values.scalar_type());
-  check_status(cpu::sparse_linear_grad_weight(encoding, {g.const_data_ptr(), g.stride(0)}, g.size(1),
-                                              out.mutable_data_ptr(),
-                                              threads_for(encoding.n_values * g.size(1) * item_bytes(encoding.dtype))));
+  check_status(cpu::sparse_linear_grad_weight(
+      encoding, {g.const_data_ptr(), g.stride(0)}, g.size(1), out.mutable_data_ptr(),
+      threads_for((encoding.n_values + n_features) * g.size(1) * item_bytes(encoding.dtype))));
   return out;
 }
 
@@ -143,9 +145,11 @@ Planes take(const Tensor& counts, const Tensor& index, const Tensor& values, con
                     encoding.n_tokens, " tokens");
   }
   std::vector<cpu::PlaneSizes> bases(n_columns(n_features) + 1);
-  check_status(cpu::take_sizes(encoding, chosen, n, bases.data(), threads_for(encoding)));
+  const cpu::ParallelFor parallel_for =
+      threads_for(n_columns(n_features) * std::max(n, encoding.n_tokens) + encoding.index_bytes);
+  check_status(cpu::take_sizes(encoding, chosen, n, bases.data(), parallel_for));
   Planes out = empty_planes(values, n, n_features, bases.back());
-  check_status(cpu::take(encoding, chosen, n, bases.data(), pointers(out), threads_for(encoding)));
+  check_status(cpu::take(encoding, chosen, n, bases.data(), pointers(out), parallel_for));
   return out;
 }
 
@@ -165,8 +169,8 @@ Planes cat(std::vector<Tensor> counts, std::vector<Tensor> index, std::vector<Te
     sizes.n_values += encodings[i].n_values;
   }
   Planes out = empty_planes(values[0], n_tokens, n_features, sizes);
-  const cpu::ParallelFor parallel_for =
-      threads_for(sizes.index_bytes + sizes.n_values * item_bytes(encodings[0].dtype));
+  const cpu::ParallelFor parallel_for = threads_for(n_columns(n_features) * n_tokens + sizes.index_bytes +
+                                                    sizes.n_values * item_bytes(encodings[0].dtype));
   check_status(cpu::cat(encodings.data(), static_cast<int64_t>(encodings.size()), pointers(out), parallel_for));
   return out;
 }

@@ -23,8 +23,8 @@ inline void run_on_torch_threads(int64_t n, cpu::ParallelBody body, void* contex
   TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, n, 1, body, context));
 }
 
-// Work on fewer bytes takes some 20 us. To wake threads for it gains nothing, takes milliseconds where cores are busy,
-// and hangs in a process that was forked after OpenMP had started its threads.
+// Packing fewer bytes takes some 20 us, selecting the largest of them 120. To wake threads for it gains little, takes
+// milliseconds where cores are busy, and hangs in a process that was forked after OpenMP had started its threads.
 constexpr int64_t kThreadedBytes = 1 << 18;
 inline cpu::ParallelFor threads_for(int64_t n_bytes) {
   return n_bytes < kThreadedBytes ? cpu::run_serially : run_on_torch_threads;

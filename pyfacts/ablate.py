@@ -61,7 +61,7 @@ def ablate(
         raise ValueError("indices is empty: name at least one hook and its features")
     values = value if isinstance(value, Mapping) else dict.fromkeys(indices, value)
     if values.keys() != indices.keys():
-        apart = some(sorted(values.keys() ^ indices.keys()))
+        apart = some(sorted(map(str, values.keys() ^ indices.keys())))
         raise ValueError(f"value must have the hooks of indices, and {apart} is in one of them only")
     names = Names(model)
     points = [names.one(name) for name in indices]
@@ -101,8 +101,8 @@ def _values(point: HookPoint, features: Tensor, value: float | Tensor) -> float 
         return as_float(
             f"{point.name}: value", value.item() if isinstance(value, Tensor) else value, "a number or a tensor"
         )
-    if value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(f"{point.name}: values must be real numbers, got a tensor of {value.dtype}")
+    if value.is_complex() or value.dtype == torch.bool or value.is_nested or value.layout != torch.strided:
+        raise TypeError(f"{point.name}: values must be real numbers, got a {value.layout} tensor of {value.dtype}")
     if value.shape != features.shape:
         raise ValueError(
             f"{point.name}: {len(features)} features take [{len(features)}] values, got {list(value.shape)}"

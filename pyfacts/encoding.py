@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +14,6 @@ from .scalars import as_float, in_range, token_range
 from .wording import human_bytes
 
 if TYPE_CHECKING:
-    import numpy as np
     import scipy.sparse
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -322,19 +322,19 @@ def _chosen(tokens: Any, n_tokens: int) -> Tensor | None:
     if isinstance(tokens, str | tuple) or not hasattr(tokens, "__len__") or getattr(tokens, "ndim", 1) == 0:
         return None
     try:
-        indices = torch.as_tensor(tokens, device="cpu")
+        indices = tokens.detach().cpu().numpy() if isinstance(tokens, Tensor) else np.asarray(tokens)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"tokens must be integers or bools [n], got {tokens!r:.80}") from error
-    if indices.dtype == torch.bool:
+    if indices.dtype == np.bool_:
         if indices.shape != (n_tokens,):
-            raise ValueError(f"bools that choose tokens must be [{n_tokens}], got shape {tuple(indices.shape)}")
-        return indices.nonzero().squeeze(1)
-    if indices.dim() != 1 or (len(indices) and (indices.is_floating_point() or indices.is_complex())):
-        raise TypeError(f"tokens must be integers or bools [n], got {indices.dtype} of shape {tuple(indices.shape)}")
-    indices = indices.long()
+            raise ValueError(f"bools that choose tokens must be [{n_tokens}], got shape {indices.shape}")
+        return torch.from_numpy(indices.nonzero()[0])
+    if indices.ndim != 1 or (len(indices) and indices.dtype.kind not in "iu"):
+        raise TypeError(f"tokens must be integers or bools [n], got {indices.dtype} of shape {indices.shape}")
     if wrong := indices[(indices < -n_tokens) | (indices >= n_tokens)].tolist():
         raise OutOfRangeError(f"token {wrong[0]} is out of range: there are {n_tokens}")
-    return torch.where(indices < 0, indices + n_tokens, indices)
+    indices = indices.astype(np.int64)
+    return torch.from_numpy(np.where(indices < 0, indices + n_tokens, indices))
 
 
 def _check_writable(out: Tensor) -> None:
@@ -350,11 +350,10 @@ def _check_writable(out: Tensor) -> None:
 
 
 def _check_min_abs(min_abs: float) -> float:
-    if isinstance(min_abs, Tensor):
-        if min_abs.dim():
-            raise TypeError("min_abs must be a number, got Tensor; pyfacts.min_abs(theta) selects by one a feature")
-        min_abs = min_abs.item()
-    min_abs = as_float("min_abs", min_abs)
+    if isinstance(min_abs, Tensor | np.ndarray) and min_abs.ndim:
+        got = type(min_abs).__name__
+        raise TypeError(f"min_abs must be a number, got {got}; pyfacts.min_abs(theta) selects by one a feature")
+    min_abs = as_float("min_abs", min_abs.item() if isinstance(min_abs, Tensor) else min_abs)
     if not min_abs >= 0:  # NaN too
         raise ValueError(f"min_abs must be at least 0, got {min_abs}")
     return min_abs

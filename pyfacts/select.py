@@ -97,7 +97,7 @@ class min_abs:
             raise ValueError(f"theta must be a number or 1-D [n_features], got shape {tuple(theta.shape)}")
         else:
             theta = theta.detach().clone() if theta.dim() else float(theta)
-        thresholds = torch.as_tensor(theta, dtype=torch.float64)
+        thresholds = torch.as_tensor(theta, dtype=torch.float64, device=getattr(theta, "device", "cpu"))
         if not (thresholds >= 0).all():  # NaN too
             raise ValueError(f"theta must be at least 0, got {thresholds.min()}; |activation| is compared with it")
         self.theta = theta

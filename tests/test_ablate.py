@@ -158,7 +158,7 @@ def test_compiled_model():
         ([HOOK], 0.0, TypeError, "dict"),
         ({HOOK: [1]}, "0", TypeError, "value must be a number"),
         ({HOOK: [1]}, {HOOK: torch.ones(2)}, ValueError, r"1 features take \[1\] values, got \[2\]"),
-        ({HOOK: [1]}, {HOOK: torch.ones(1, dtype=torch.bool)}, TypeError, "got a tensor of torch.bool"),
+        ({HOOK: [1]}, {HOOK: torch.ones(1, dtype=torch.bool)}, TypeError, "got a torch.strided tensor of torch.bool"),
         ({HOOK: [1, 1]}, {HOOK: torch.ones(2)}, ValueError, "named twice"),
         ({HOOK: [1]}, {"fc2": 1.0}, ValueError, r"blocks\.1\.mlp\.hook_post, fc2 is in one of them only"),
         ({HOOK: [1]}, torch.ones(1, 1), ValueError, r"take \[1\] values"),

@@ -339,6 +339,12 @@ class TestBadInput:
             make = {"pandas": pandas.DataFrame, "arrow": pyarrow.table}.get(kind, lambda columns: file)
             with pytest.raises(TypeError, match="tokens: of an? .* give the"):
                 read(make({"text": ["w1"]}), tmp_path)
+        if kind != "file":  # what the message advises
+            for column in (make({"text": ["w1", "w2 w3"]})["text"], {"text": make({"text": ["w1", "w2 w3"]})["text"]}):
+                assert list(documents.read_documents(column)) == ["w1", "w2 w3"]
+            assert read(make({"ids": [[5, 6], [7]]})["ids"], tmp_path).ids.tolist() == [5, 6, 7]
+            with pytest.raises(ValueError, match="is Arrow's"):
+                read(iter(pyarrow.array(["w1"])), tmp_path)
 
     def test_a_disk_that_cannot_hold_the_tokens(self, tmp_path):
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from conftest import DTYPES, LENGTHS, WIDTHS, sparse
@@ -237,10 +238,14 @@ def test_chosen_tokens(dtype: torch.dtype, n_features: int) -> None:
         if not isinstance(chosen, slice):
             assert_canonical(enc[np.array(chosen, np.int32)], rows)
             assert_canonical(enc[torch.tensor(chosen, dtype=torch.int16)], rows)
+    for odd in (np.arange(300)[::-7], np.arange(300, dtype=">i4"), pandas.Series([5, 6], index=["a", "b"])):
+        assert_canonical(enc[odd], x[[int(i) for i in odd]])
     mask = torch.rand(300) < 0.3
     for bools in (mask, mask.numpy(), mask.tolist()):
         assert_canonical(enc[bools], x[mask])
     assert_canonical(enc[torch.tensor(3)], x[3:4])
+    many = pyfacts.encode(x.repeat(5, 1))  # of which a few are looked up one by one
+    assert_canonical(many[[1400, 3, 127, 128, 1499]], x[[200, 3, 127, 128, 299]])
 
 
 def test_chosen_tokens_keep_their_norms_and_leave_the_rest() -> None:
@@ -260,12 +265,12 @@ def test_saved_with_torch(tmp_path: Path) -> None:
 
 def test_tokens_that_cannot_be_chosen() -> None:
     enc = pyfacts.encode(torch.eye(5))
-    for beyond in ([0, 5], torch.tensor([-6])):
-        with pytest.raises(IndexError, match="token (5|-6) is out of range: there are 5"):
+    for beyond in ([0, 5], torch.tensor([-6]), np.array([2**64 - 1], np.uint64)):
+        with pytest.raises(IndexError, match="token (5|-6|18446744073709551615) is out of range: there are 5"):
             enc[beyond]
     with pytest.raises(ValueError, match=r"bools that choose tokens must be \[5\], got shape \(4,\)"):
         enc[[True] * 4]
-    for other in ([1.5], torch.ones(2, 2, dtype=torch.int64), ["a"], {}, enc):
+    for other in ([1.5], torch.ones(2, 2, dtype=torch.int64), ["a"], {}, torch.eye(5).to_sparse()):
         with pytest.raises(TypeError, match=r"tokens must be integers or bools \[n\]"):
             enc[other]
     with pytest.raises(ValueError, match="step cannot be zero"):

@@ -88,16 +88,29 @@ Piece make_piece(const Encoding& encoding, int64_t column, int64_t start, int64_
   return {&encoding, locate(encoding, column, start), locate(encoding, column, stop), start, stop};
 }
 
-// Where the segments of a column start in the planes; and behind the last where they end: [n_tokens + 1].
-std::unique_ptr<PlaneSizes[]> segment_starts(const Encoding& encoding, int64_t column) {
-  std::unique_ptr<PlaneSizes[]> starts(new PlaneSizes[encoding.n_tokens + 1]);
-  const auto* const values = static_cast<const uint8_t*>(encoding.values);
-  const int64_t item = item_bytes(encoding.dtype);
-  for (ColumnReader segment(encoding, column);; segment.next()) {
-    starts[segment.token()] = {segment.index() - encoding.index, (segment.values() - values) / item};
-    if (segment.token() == encoding.n_tokens) return starts;
+// Single tokens of a column as pieces: where many are asked for, their places are found in one walk through the column.
+class TokenPieces {
+ public:
+  TokenPieces(const Encoding& encoding, int64_t column, int64_t n_asked) : encoding_(encoding), column_(column) {
+    if (n_asked * kTileTokens < encoding.n_tokens) return;
+    starts_.reset(new PlaneSizes[encoding.n_tokens + 1]);
+    const auto* const values = static_cast<const uint8_t*>(encoding.values);
+    const int64_t item = item_bytes(encoding.dtype);
+    for (ColumnReader segment(encoding, column);; segment.next()) {
+      starts_[segment.token()] = {segment.index() - encoding.index, (segment.values() - values) / item};
+      if (segment.token() == encoding.n_tokens) return;
+    }
   }
-}
+  Piece operator()(int64_t token) const {
+    if (starts_ == nullptr) return make_piece(encoding_, column_, token, token + 1);
+    return {&encoding_, starts_[token], starts_[token + 1], token, token + 1};
+  }
+
+ private:
+  const Encoding& encoding_;
+  int64_t column_;
+  std::unique_ptr<PlaneSizes[]> starts_;  // [n_tokens + 1], or nullptr
+};
 
 // The rank of feature j (within its column) among a segment's n stored values, or -1 if it is not stored.
 int64_t find(int64_t j, int64_t n, int64_t width, const uint8_t* index) {
@@ -211,10 +224,11 @@ Status take_sizes(const Encoding& encoding, const int64_t* tokens, int64_t n, Pl
     for (int64_t column = begin; column < end; ++column) {
       PlaneSizes& sizes = bases[column + 1] = {};
       if (n == 0) continue;
-      const auto starts = segment_starts(encoding, column);
+      const TokenPieces pieces(encoding, column, n);
       for (int64_t i = 0; i < n; ++i) {
-        sizes.index_bytes += starts[tokens[i] + 1].index_bytes - starts[tokens[i]].index_bytes;
-        sizes.n_values += starts[tokens[i] + 1].n_values - starts[tokens[i]].n_values;
+        const Piece piece = pieces(tokens[i]);
+        sizes.index_bytes += piece.end.index_bytes - piece.begin.index_bytes;
+        sizes.n_values += piece.end.n_values - piece.begin.n_values;
       }
     }
   });
@@ -230,15 +244,11 @@ Status take(const Encoding& encoding, const int64_t* tokens, int64_t n, const Pl
   const int64_t item = item_bytes(encoding.dtype);
   if (n == 0) return {};
   return parallel_check(n_columns(encoding.n_features), parallel_for, [&](int64_t column) -> Status {
-    const auto starts = segment_starts(encoding, column);
+    const TokenPieces pieces(encoding, column, n);
     uint8_t* counts = out.counts + column * n;
     uint8_t* index = out.index + bases[column].index_bytes;
     uint8_t* values = static_cast<uint8_t*>(out.values) + bases[column].n_values * item;
-    for (int64_t i = 0; i < n; ++i) {
-      const int64_t token = tokens[i];
-      copy_piece({&encoding, starts[token], starts[token + 1], token, token + 1}, column, item, &counts, &index,
-                 &values);
-    }
+    for (int64_t i = 0; i < n; ++i) copy_piece(pieces(tokens[i]), column, item, &counts, &index, &values);
     return write_starts(out, column, n, column_width(encoding.n_features, column), bases[column],
                         bases[column + 1].index_bytes - bases[column].index_bytes);
   });

@@ -1,6 +1,7 @@
 """Documents out of files and data sets: text to tokenise, or token ids, one after another and never all in memory."""
 
 import contextlib
+import io
 import itertools
 import json
 import os
@@ -35,10 +36,11 @@ def read_documents(source: Any) -> Iterable[Document] | np.ndarray:
     """
     if isinstance(source, Mapping):
         return _mapping(source)
-    if hasattr(source, "columns"):  # pandas', polars' or Arrow's: the names of its columns would pass for documents
+    if hasattr(source, "columns") and hasattr(source, "shape"):  # whose names would pass for documents
         raise TypeError(f"tokens: of a {type(source).__name__} give the column with the texts, such as table['text']")
-    if hasattr(source, "read"):
+    if isinstance(source, io.IOBase):
         raise TypeError(f"tokens: of an open file ({type(source).__name__}) give the path")
+    source = _python_column(source)
     if not isinstance(source, str | os.PathLike):
         return _dataset(source, "the data set") if hasattr(source, "column_names") else source
     path = Path(source)
@@ -102,6 +104,8 @@ def tokenizer_of(name: str) -> Any:
 
 
 def _ids(document: Any, number: int) -> np.ndarray:
+    if hasattr(document, "as_py"):
+        raise ValueError(f"tokens: document {number} is Arrow's {type(document).__name__}: give its as_py()")
     try:
         ids = np.asarray(document)
     except ValueError:  # lists of several lengths
@@ -137,9 +141,15 @@ def _of_one_text(rows: Sequence[Any]) -> Sequence[Any]:
 
 def _mapping(columns: Mapping[str, Any]) -> list[Document]:
     field = _field(columns, "the mapping")
+    column = _python_column(columns[field])
     if field in TEXT_FIELDS:
-        return [columns[field]] if isinstance(columns[field], str) else list(columns[field])
-    return without_padding(f"tokens[{field!r}]", columns[field], columns)
+        return [column] if isinstance(column, str) else list(column)
+    return without_padding(f"tokens[{field!r}]", column, columns)
+
+
+def _python_column(column: Any) -> Any:
+    """Arrow's columns hold Arrow's scalars, whose bytes would pass for token ids."""
+    return column.to_pylist() if hasattr(column, "to_pylist") else column
 
 
 @contextlib.contextmanager

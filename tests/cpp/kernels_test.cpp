@@ -523,6 +523,21 @@ void test_transforms(DType dtype) {
     compare(part, reference_encode(dtype, rows(cuts[i], cuts[i + 1]), cuts[i + 1] - cuts[i], F, {}));
     parts.push_back({dtype, cuts[i + 1] - cuts[i], F, part});
   }
+
+  std::vector<int64_t> few = {299, 0}, many = {299, 0, 128, 128, 7};  // looked up one by one, and in one walk
+  for (const std::vector<int64_t>& tokens : {few, many}) {
+    const int64_t n = static_cast<int64_t>(tokens.size());
+    PlaneSizes bases[4];
+    require(take_sizes(e.view(), tokens.data(), n, bases, run_in_two_threads).ok(), "take_sizes");
+    Reference part = empty_planes(n, bases[3].index_bytes, bases[3].n_values);
+    require(take(e.view(), tokens.data(), n, bases, planes(part), run_in_two_threads).ok(), "take");
+    Bits taken;
+    for (const int64_t token : tokens) {
+      const Bits row = rows(token, token + 1);
+      taken.insert(taken.end(), row.begin(), row.end());
+    }
+    compare(part, reference_encode(dtype, taken, n, F, {}));
+  }
   std::vector<Encoding> views;
   for (const Encoded& part : parts) views.push_back(part.view());
   Reference whole = empty_planes(T, e.view().index_bytes, e.view().n_values);
