@@ -137,7 +137,7 @@ class TestDisk:
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
         def progress(now):
-            if now.shards_done == 1:
+            if now.shards_done >= 1:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
 
         try:
@@ -145,7 +145,8 @@ class TestDisk:
                 resume(tmp_path, progress=progress)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert len(names(tmp_path)) == 3
+        n_shards = len(list(tmp_path.glob("*.json"))) - 1  # one, or another whose commit was on its way
+        assert 1 <= n_shards < 4 and len(names(tmp_path)) == 1 + 2 * n_shards
         open_dump(tmp_path).verify()
         resume(tmp_path)
         assert committed_bytes(tmp_path) == undisturbed
@@ -538,10 +539,11 @@ def test_memory_does_not_grow_with_tokens(tmp_path):
 
     def progress(now):
         with open("/proc/self/statm") as file:
-            resident.append((now.shards_done, int(file.read().split()[1]) * resource.getpagesize()))
+            shard = (now.tokens_done - 1) // 4096  # that was computed; its commit may come at any time
+            resident.append((shard, int(file.read().split()[1]) * resource.getpagesize()))
 
     d = dump(model, tokens(8 * 256), tmp_path, names_filter=HOOKS, codec="none", shard_tokens=4096, progress=progress)
-    shard = d.n_bytes / d.n_shards
-    assert d.n_shards == 8 and shard > 10e6
-    peaks = [max(size for done, size in resident if done == shards) for shards in range(8)]
-    assert peaks[-1] - peaks[2] < 1.5 * shard
+    shard_bytes = d.n_bytes / d.n_shards
+    assert d.n_shards == 8 and shard_bytes > 10e6
+    peaks = [max(size for computed, size in resident if computed == shard) for shard in range(8)]
+    assert peaks[-1] - peaks[2] < 1.5 * shard_bytes
