@@ -115,12 +115,17 @@ def test_a_finished_dump_is_not_computed_again(tmp_path):
     assert model.forwards == forwards and committed_bytes(tmp_path) == before
 
 
-def test_a_committed_shard_that_is_gone(undisturbed, tmp_path):
+@pytest.mark.parametrize("damage", ["files", "record"])
+def test_a_committed_shard_that_is_gone(damage, undisturbed, tmp_path):
     """It is said what to do, and that helps."""
     resume(tmp_path)
     record = tmp_path / "00001.json"
-    shutil.rmtree(tmp_path / json.loads(record.read_text())["directory"])
-    with pytest.raises(DumpError, match="shard 1 was committed, and .*delete this record"):
+    if damage == "files":
+        shutil.rmtree(tmp_path / json.loads(record.read_text())["directory"])
+    else:
+        record.write_bytes(record.read_bytes()[:-9])
+    message = {"files": "shard 1 was committed, and ", "record": "00001.json: is not valid JSON"}[damage]
+    with pytest.raises(DumpError, match=f"{message}.*delete this record"):
         resume(tmp_path)
     record.unlink()
     resume(tmp_path)

@@ -20,6 +20,7 @@ class DumpError(RuntimeError):
         tensor: str | None = None,
         offset: int | None = None,
     ) -> None:
+        self.what = message
         self.path = None if path is None else os.fspath(path)
         self.tensor = tensor
         self.offset = offset

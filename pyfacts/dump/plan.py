@@ -201,8 +201,14 @@ class ShardRecord:
         """Reads the commit records that are there, by shard; DumpError names what is wrong."""
         present = store.names()
         names = {name: shard for shard in range(plan.n_shards) if (name := record_name(shard)) in present}
-        found = store.read_all(list(names))
-        return {names[name]: ShardRecord._read(data, store.where(name), plan, names[name]) for name, data in found}
+        records = {}
+        for name, data in store.read_all(list(names)):
+            try:
+                records[names[name]] = ShardRecord._read(data, store.where(name), plan, names[name])
+            except DumpError as error:
+                remedy = "delete this record, and dump again to compute its shard anew"
+                raise DumpError(f"{error.what}; {remedy}", path=error.path, offset=error.offset) from None
+        return records
 
     @staticmethod
     def _read(data: bytes, path: str, plan: Plan, shard: int) -> "ShardRecord":
