@@ -138,7 +138,7 @@ Status neuron(const Encoding& encoding, int64_t feature, int64_t* tokens, void* 
 // CSR: crow [n_tokens + 1], col [n_values] ascending within a row, values [n_values].
 Status to_csr(const Encoding& encoding, int64_t* crow, int64_t* col, void* values, ParallelFor parallel_for);
 
-// Tokens [start, stop): first the sizes, then the planes.
+// Tokens [start, stop): first the sizes, then the planes, of an encoding that slice_sizes has found valid.
 Status slice_sizes(const Encoding& encoding, int64_t start, int64_t stop, PlaneSizes* sizes, ParallelFor parallel_for);
 Status slice(const Encoding& encoding, int64_t start, int64_t stop, const Planes& out, ParallelFor parallel_for);
 

@@ -208,8 +208,6 @@ Status slice_sizes(const Encoding& encoding, int64_t start, int64_t stop, PlaneS
 }
 
 Status slice(const Encoding& encoding, int64_t start, int64_t stop, const Planes& out, ParallelFor parallel_for) {
-  const Status layout = check_layout(encoding, parallel_for);
-  if (!layout.ok()) return layout;
   return stack_pieces(1, stop - start, encoding.n_features, encoding.dtype, out, parallel_for,
                       [&](int64_t, int64_t column) { return make_piece(encoding, column, start, stop); });
 }
