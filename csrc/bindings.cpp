@@ -160,6 +160,24 @@ class Encoding {
                 [&](const cpu::Planes& out) { return cpu::slice(view, start, stop, out, cpu::run_serially); });
   }
 
+  std::unique_ptr<Encoding> take(const py::object& tokens) const {
+    const Bytes bytes(tokens);
+    const int64_t n = bytes.size() / 8;
+    expect_size("tokens", bytes, n * 8);
+    expect_aligned("tokens", bytes, 8);
+    const int64_t* const chosen = bytes.data<int64_t>();
+    for (int64_t i = 0; i < n; ++i) {
+      if (chosen[i] < 0 || chosen[i] >= view.n_tokens)
+        throw py::index_error("token " + std::to_string(chosen[i]) + " is out of range: there are " +
+                              std::to_string(view.n_tokens));
+    }
+    std::vector<cpu::PlaneSizes> bases(n_columns(view.n_features) + 1);
+    raise_if(without_gil([&] { return cpu::take_sizes(view, chosen, n, bases.data(), cpu::run_serially); }));
+    return make(n, bases.back().index_bytes, bases.back().n_values, [&](const cpu::Planes& out) {
+      return cpu::take(view, chosen, n, bases.data(), out, cpu::run_serially);
+    });
+  }
+
   void add_feature_stats(const py::object& nnz, const py::object& sum, const py::object& sum_sq,
                          const py::object& maximum) const {
     const Bytes nnz_bytes(nnz, true), sum_bytes(sum, true), sum_sq_bytes(sum_sq, true), maximum_bytes(maximum, true);
@@ -415,6 +433,7 @@ PYBIND11_MODULE(_storage, m) {
       .def("decode", &Encoding::decode, py::arg("out"), py::arg("signed_zero"))
       .def("neuron", &Encoding::neuron, py::arg("feature"))
       .def("slice", &Encoding::slice, py::arg("start"), py::arg("stop"))
+      .def("take", &Encoding::take, py::arg("tokens"))
       .def("add_feature_stats", &Encoding::add_feature_stats, py::arg("nnz"), py::arg("sum"), py::arg("sum_sq"),
            py::arg("maximum"));
   py::class_<storage::FeatureLists>(m, "FeatureLists", "A copy of an encoding in the order of its features.")

@@ -2,15 +2,15 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from . import _library, cuda, ops
-from .errors import OutOfRangeError
-from .scalars import as_float, in_range, token_range
+from .chosen import chosen_tokens
+from .scalars import as_float, in_range
 from .wording import human_bytes
 
 if TYPE_CHECKING:
@@ -171,15 +171,14 @@ class EncodedActivations:
             OutOfRangeError: (a ValueError and an IndexError) an index is not in [-n_tokens, n_tokens).
             TypeError, ValueError: tokens are something else, or bools of another number.
         """
-        chosen = _chosen(tokens, len(self))
-        if chosen is None:
-            start, stop = token_range(tokens, len(self), ", or a list or tensor of any; use neuron(j) for a feature")
-            counts, index, values, tile_ptr = ops.slice_tokens(self.planes, self.n_features, start, stop)
-            sq_norm = None if self.sq_norm is None else self.sq_norm[start:stop].clone()
+        chosen = chosen_tokens(tokens, len(self))
+        if isinstance(chosen, range):
+            counts, index, values, tile_ptr = ops.slice_tokens(self.planes, self.n_features, chosen.start, chosen.stop)
+            sq_norm = None if self.sq_norm is None else self.sq_norm[chosen.start : chosen.stop].clone()
         else:
-            chosen = chosen.to(self.device)
-            counts, index, values, tile_ptr = ops.take_tokens(self.planes, self.n_features, chosen)
-            sq_norm = None if self.sq_norm is None else self.sq_norm[chosen]
+            rows = torch.from_numpy(chosen).to(self.device)
+            counts, index, values, tile_ptr = ops.take_tokens(self.planes, self.n_features, rows)
+            sq_norm = None if self.sq_norm is None else self.sq_norm[rows]
         return replace(self, counts=counts, index=index, values=values, tile_ptr=tile_ptr, sq_norm=sq_norm)
 
     def to(self, device: torch.device | str) -> "EncodedActivations":
@@ -311,30 +310,6 @@ def check_matrix(name: str, x: Tensor) -> None:
         )
     if x.device.type not in ("cpu", "cuda", "meta"):
         raise ValueError(f"{name} is on {x.device}, and pyfacts has kernels for CPUs and CUDA only; use .cpu()")
-
-
-def _chosen(tokens: Any, n_tokens: int) -> Tensor | None:
-    """The tokens that a list, an array, bools or a slice with a step name, int64 on the CPU; None of anything else."""
-    if isinstance(tokens, slice):
-        return (
-            None if tokens.step in (None, 1) else torch.tensor(range(n_tokens)[tokens], dtype=torch.int64, device="cpu")
-        )
-    if isinstance(tokens, str | tuple) or not hasattr(tokens, "__len__") or getattr(tokens, "ndim", 1) == 0:
-        return None
-    try:
-        indices = tokens.detach().cpu().numpy() if isinstance(tokens, Tensor) else np.asarray(tokens)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"tokens must be integers or bools [n], got {tokens!r:.80}") from error
-    if indices.dtype == np.bool_:
-        if indices.shape != (n_tokens,):
-            raise ValueError(f"bools that choose tokens must be [{n_tokens}], got shape {indices.shape}")
-        return torch.from_numpy(indices.nonzero()[0])
-    if indices.ndim != 1 or (len(indices) and indices.dtype.kind not in "iu"):
-        raise TypeError(f"tokens must be integers or bools [n], got {indices.dtype} of shape {indices.shape}")
-    if wrong := indices[(indices < -n_tokens) | (indices >= n_tokens)].tolist():
-        raise OutOfRangeError(f"token {wrong[0]} is out of range: there are {n_tokens}")
-    indices = indices.astype(np.int64)
-    return torch.from_numpy(np.where(indices < 0, indices + n_tokens, indices))
 
 
 def _check_writable(out: Tensor) -> None:

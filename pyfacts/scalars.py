@@ -1,4 +1,4 @@
-"""Arguments that must be numbers, and indices; without torch, for readers of dumps."""
+"""Arguments that must be numbers; without torch, for readers of dumps."""
 
 import numbers
 import operator
@@ -41,17 +41,3 @@ def as_float(name: str, value: Any, expected: str = "a number") -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be {expected}, got {value!r:.80} of type {type(value).__name__}")
     return float(value)
-
-
-def token_range(tokens: Any, n_tokens: int, hint: str) -> tuple[int, int]:
-    """The first token, and that behind the last, which an index or a slice names; `hint` says what to do for others."""
-    if not isinstance(tokens, slice):
-        try:
-            token = in_range("token", tokens, n_tokens)
-        except TypeError as error:
-            raise TypeError(f"{error}; a slice of consecutive tokens will do{hint}") from None
-        return token, token + 1
-    start, stop, step = tokens.indices(n_tokens)
-    if step != 1:
-        raise ValueError(f"tokens are sliced one after another, got step {step}{hint}")
-    return start, max(start, stop)

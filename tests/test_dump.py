@@ -63,6 +63,19 @@ class TestReading:
         ours, theirs = dumped[HOOKS[1]][4000:6000], pyfacts.encode(dense[HOOKS[1]][4000:6000])
         assert all(torch.equal(a, b) for a, b in zip(ours.planes, theirs.planes, strict=True))
 
+    def test_chosen_tokens(self, dumped, dense, ids):
+        """In any order and more than once, of several shards and blocks; exactly what encode makes of those rows."""
+        n = N_SEQUENCES * CONTEXT
+        edges = [0, 4095, 4096, 5119, 5120, n - 1]
+        shuffled = np.random.default_rng(0).permutation(n)
+        for chosen in ([5000, 0, -n, 4096, 4096], [], [7], shuffled, slice(None, None, -977), np.isin(shuffled, edges)):
+            rows = torch.from_numpy(np.arange(n)[chosen].copy())
+            for hook in HOOKS:
+                ours, theirs = dumped[hook][chosen], pyfacts.encode(dense[hook][rows])
+                assert all(torch.equal(a, b) for a, b in zip(ours.planes, theirs.planes, strict=True))
+            assert torch.equal(dumped.token_ids[chosen], ids.reshape(-1)[rows])
+            assert torch.equal(dumped.positions[chosen], torch.stack([rows // CONTEXT, rows % CONTEXT], 1))
+
     def test_one_token(self, dumped, dense):
         assert same_bits(dumped[HOOKS[0]][-3].to_dense(), dense[HOOKS[0]][-3:-2])
 
@@ -73,10 +86,13 @@ class TestReading:
                 dumped[HOOKS[0]][bad]
             with pytest.raises(IndexError):
                 dumped.token_ids[bad]
-        with pytest.raises(ValueError, match="step"):
-            dumped[HOOKS[0]][::2]
+        for bad in ([1, n], np.array([-n - 1])):
+            with pytest.raises(IndexError, match=f"out of range: there are {n}"):
+                dumped[HOOKS[0]][bad]
+        with pytest.raises(ValueError, match=rf"must be \[{n}\]"):
+            dumped.positions[[True, False]]
         with pytest.raises(TypeError, match="token must be an int"):
-            dumped[HOOKS[0]][[1, 2]]
+            dumped[HOOKS[0]]["1"]
         with pytest.raises(KeyError, match=r"layers\.1\.down"):
             dumped["layers.2.down"]
         for bad in (WIDTH, -WIDTH - 1):
@@ -289,6 +305,7 @@ d = pyfacts.dump.open_dump(sys.argv[1], framework="numpy")
 dense = np.load(sys.argv[2])
 h = d["layers.0.down"]
 assert np.array_equal(h[100:9000].to_dense(), dense[100:9000]) and h[0:1].values.dtype == np.float32
+assert np.array_equal(h[[9000, 100]].to_dense(), dense[[9000, 100]])
 j = 256 + int((dense[:, 256:] > 0).sum(0).argmax())
 t, v = h.neuron(j)
 assert np.array_equal(t, dense[:, j].nonzero()[0]) and np.array_equal(v, dense[t, j])
@@ -323,6 +340,7 @@ class TestDtypesAndSelect:
         assert torch.equal(enc.to_dense(), expected[100:1500].to_dense())
         assert torch.allclose(enc.sq_norm, expected.sq_norm[100:1500], rtol=1e-12)
         assert 0 < enc.dropped_share == pytest.approx(expected[100:1500].dropped_share, rel=1e-9)
+        assert torch.equal(d[HOOKS[0]][[1200, 130, 100]].sq_norm, enc.sq_norm[[1100, 30, 0]])
         assert d.plan["select"] == {"kind": "topk", "k": 5}
         d.verify()
 
@@ -391,6 +409,7 @@ class TestHuggingFace:
         assert torch.equal(d[hooks[0]][:].to_dense(), expected[paths[0]])
         assert torch.equal(d[hooks[1]][:], expected[paths[1]])
         assert torch.equal(d[hooks[1]][7:31], expected[paths[1]][7:31]) and d[hooks[1]][3:3].shape == (0, 16)
+        assert torch.equal(d[hooks[1]][[300, 7, 7]], expected[paths[1]][[300, 7, 7]])
         assert d.token_ids[:].tolist() == [t for row in sequences for t in row[1:]]
         assert d.positions[:].tolist() == [[i, p] for i, n in enumerate(lengths) for p in range(1, n)]
         d.verify()

@@ -210,9 +210,10 @@ def test_rows_by_number_and_iteration() -> None:
         enc[5]
     for other in ((slice(None), 3), (1, 2), 1.0, None, True, "1"):
         with pytest.raises(
-            TypeError, match=r"token must be an int, got .*, or a list or tensor of any; use neuron\(j\)"
-        ):
+            TypeError, match="token must be an int, got .*; a slice, or a list, array or tensor"
+        ) as caught:
             enc[other]
+        assert ("neuron(j) reads a feature" in str(caught.value)) == isinstance(other, tuple)
     with pytest.raises(TypeError, match=r"feature must be an int, got 1\.0"):
         enc.neuron(1.0)
 

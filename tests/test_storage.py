@@ -70,6 +70,12 @@ def test_blocks_rows_slices_and_neurons(matrix, random):
     again.decode(out, False)
     assert np.array_equal(out, bits) and again.nnz == np.count_nonzero(bits)
 
+    chosen = np.array([random.randrange(n_tokens) for _ in range(random.randrange(9))], np.int64)
+    taken, out = joined.take(chosen), np.empty((len(chosen), n_features), bits.dtype)
+    taken.check(False)
+    taken.decode(out, False)
+    assert np.array_equal(out, bits[chosen])
+
 
 @pytest.mark.parametrize("dtype", list(BITS))
 def test_feature_stats(dtype):
@@ -136,6 +142,8 @@ def test_wrong_arguments_are_errors():
     for call in (
         *(lambda j=j, e=e: e.neuron(j) for j in (10, -1) for e in (encoding, lists)),
         lambda: encoding.slice(3, 2),
+        lambda: encoding.take(np.array([0, encoding.n_tokens])),
+        lambda: encoding.take(np.array([-1])),
     ):
         with pytest.raises(IndexError):
             call()

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from .. import _storage
+from ..chosen import Chosen, chosen_tokens, cut, in_order
 from ..errors import UnknownHookError
-from ..scalars import at_least_one, in_range, token_range
+from ..scalars import at_least_one, in_range
 from ..wording import similar
 from . import shuffle
 from .arrays import BITS, FRAMEWORKS, numpy_framework
@@ -59,7 +60,7 @@ class Dump:
         hook_names: the hooks in execution order; `d[name]` reads one.
         n_tokens: captured tokens of the whole plan.
         complete: whether all of them are committed.
-        token_ids: int64 [n_tokens], by slices: `d.token_ids[a:b]`.
+        token_ids: int64 [n_tokens], read by tokens as a hook is: `d.token_ids[a:b]`.
         positions: int64 [n_tokens, 2], (document, position), likewise.
     """
 
@@ -235,20 +236,17 @@ class Dump:
     def _plan_shard(self, token: int) -> int:
         return int(np.searchsorted(self._plan.token_starts, token, side="right")) - 1
 
-    def _parts(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """Shards of the tokens [start, stop), with the range in each; DumpError if one is not committed."""
+    def _parts(self, tokens: Chosen) -> Iterator[tuple[int, Chosen]]:
+        """Shards of ascending tokens, with the tokens in each; DumpError if one is not committed."""
         starts = self._plan.token_starts
-        while start < stop:
-            shard = self._plan_shard(start)
+        for shard, in_shard in cut(tokens, starts):
             if shard not in self._records:
                 raise DumpError(
                     f"tokens {starts[shard]}:{starts[shard + 1]} (shard {shard}) are not committed: the dump is not "
                     "finished; run it again to resume",
                     path=self.path,
                 )
-            end = min(stop, starts[shard + 1])
-            yield shard, start - starts[shard], end - starts[shard]
-            start = end
+            yield shard, in_shard
 
     def _shard_tokens(self, shard: int) -> tuple[np.ndarray, ...]:
         return self._tokens.get(shard, lambda: self._tokens_file(shard).read())
@@ -262,9 +260,12 @@ class Dump:
             (shard, spec.name), lambda: HookFile(self._store, self._plan, self._records[shard], spec)
         )
 
-    def _read_tokens(self, start: int, stop: int) -> tuple[np.ndarray, ...]:
-        """document, position and token id of tokens [start, stop)."""
-        parts = [tuple(a[b:e] for a in self._shard_tokens(shard)) for shard, b, e in self._parts(start, stop)]
+    def _read_tokens(self, tokens: Chosen) -> tuple[np.ndarray, ...]:
+        """document, position and token id of ascending tokens."""
+        parts = [
+            tuple(array[_index(in_shard)] for array in self._shard_tokens(shard))
+            for shard, in_shard in self._parts(tokens)
+        ]
         if not parts:
             return tuple(np.empty(0, np.int64) for _ in range(3))
         return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
@@ -278,7 +279,7 @@ class Dump:
         while high + 1 in self._records and starts[high + 1] < stop:
             high += 1
         start, stop = max(start, starts[low]), min(stop, starts[high + 1])
-        tokens = self._read_tokens(start, stop)
+        tokens = self._read_tokens(range(start, stop))
         document, position, _ = tokens
         same = document == document[token - start]
         size = self._plan.tokens.get("context_size")
@@ -348,43 +349,37 @@ class DumpedHook:
     def __repr__(self) -> str:
         return f"DumpedHook({self.name!r}, shape={self.shape}, {self.kind}, {self.dtype})"
 
-    def __getitem__(self, tokens: int | slice) -> Any:
-        """Returns a range of tokens: an encoding (`EncodedActivations`, `NumpyActivations`), or rows [n, width].
+    def __getitem__(self, tokens: "int | slice | Sequence[int] | np.ndarray | Any") -> Any:
+        """Returns some tokens: an encoding (`EncodedActivations`, `NumpyActivations`), or rows [n, width].
 
-        A single index gives one token, as an encoding or rows of length 1.
+        Args:
+            tokens: an index, which gives one row; a slice; or a list, array or tensor of indices, in any order and as
+                often as you like, or of bools [n_tokens]. Whole blocks are read, each once, and the last ones kept.
 
         Raises:
-            DumpError: the range is not committed, or its bytes are damaged.
-            OutOfRangeError: (a ValueError and an IndexError) the index is out of range.
+            DumpError: a token is not committed, or the bytes are damaged.
+            OutOfRangeError: (a ValueError and an IndexError) an index is not in [-n_tokens, n_tokens).
+            TypeError, ValueError: tokens are something else, or bools of another number.
         """
-        start, stop = token_range(tokens, len(self), "; use neuron(j) for a feature")
+        ascending, places = in_order(chosen_tokens(tokens, len(self)))
         framework = self._dump.framework
         parts: list[Any] = []
-        norms: list[np.ndarray] = []
-        for shard, begin, end in self._dump._parts(start, stop):
+        norms = [np.empty(0)]
+        for shard, in_shard in self._dump._parts(ascending):
             file = self._file(shard)
-            bounds = block_starts(file.blocks)
-            for block, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
-                a, b = max(begin, first) - first, min(end, last) - first
-                if a >= b:
-                    continue
-                whole = self._block(shard, block)
-                if self.kind == "rows":
-                    parts.append(whole[a:b])
-                    continue
-                parts.append(whole if b - a == last - first else whole.slice(a, b))
-                sq_norm = file.sq_norm(block)
-                if sq_norm is not None:
-                    norms.append(sq_norm[a:b])
+            for block, in_block in cut(in_shard, block_starts(file.blocks)):
+                parts.append(_rows(self._block(shard, block), in_block))
+                if (sq_norm := file.sq_norm(block)) is not None:
+                    norms.append(sq_norm[_index(in_block)])
         if self.kind == "rows":
-            nothing = np.empty((0, self.width), BITS[self.dtype])
-            return framework.rows(np.concatenate([nothing, *parts]), self.dtype)
-        if not parts:
-            parts = [_empty_encoding(self._spec)]
-        lossy = self._dump._plan.lossy
+            rows = np.concatenate([np.empty((0, self.width), BITS[self.dtype]), *parts])
+            return framework.rows(rows if places is None else rows[places], self.dtype)
         # A copy: nothing of a mapped file leaves the reader.
-        encoding = _storage.cat(parts)
-        sq_norm = np.concatenate([np.empty(0), *norms]) if lossy else None
+        encoding = _storage.cat(parts or [_empty_encoding(self._spec)])
+        sq_norm = np.concatenate(norms) if self._dump._plan.lossy else None
+        if places is not None:
+            encoding = encoding.take(places)
+            sq_norm = None if sq_norm is None else sq_norm[places]
         return framework.encoding(encoding, self._dump._plan.signed_zero, sq_norm)
 
     def neuron(self, j: int) -> tuple[Any, Any]:
@@ -499,7 +494,7 @@ class DumpedHook:
 
 
 class _TokenColumn:
-    """Something of every token, read by slices."""
+    """Something of every token, read by tokens as a hook is."""
 
     def __init__(self, dump: Dump, pick: Callable[[tuple[np.ndarray, ...]], np.ndarray]) -> None:
         self._dump, self._pick = dump, pick
@@ -507,12 +502,28 @@ class _TokenColumn:
     def __len__(self) -> int:
         return self._dump.n_tokens
 
-    def __getitem__(self, tokens: int | slice) -> Any:
-        start, stop = token_range(tokens, len(self), "")
-        array = self._pick(self._dump._read_tokens(start, stop))
-        if isinstance(tokens, slice):
+    def __getitem__(self, tokens: "int | slice | Sequence[int] | np.ndarray | Any") -> Any:
+        ascending, places = in_order(chosen_tokens(tokens, len(self)))
+        array = self._pick(self._dump._read_tokens(ascending))
+        if places is not None:
+            array = array[places]
+        if isinstance(tokens, slice) or np.ndim(tokens):
             return self._dump.framework.array(array)
         return int(array[0]) if array.ndim == 1 else self._dump.framework.array(array[0])
+
+
+def _index(tokens: Chosen) -> slice | np.ndarray:
+    """What picks them from an array."""
+    return slice(tokens.start, tokens.stop) if isinstance(tokens, range) else tokens
+
+
+def _rows(block: "_storage.Encoding | np.ndarray", tokens: Chosen) -> "_storage.Encoding | np.ndarray":
+    """Tokens of a block, of an encoding or of rows."""
+    if isinstance(block, np.ndarray):
+        return block[_index(tokens)]
+    if not isinstance(tokens, range):
+        return block.take(tokens)
+    return block if len(tokens) == block.n_tokens else block.slice(tokens.start, tokens.stop)
 
 
 def _empty_encoding(spec: HookSpec) -> "_storage.Encoding":

@@ -30,7 +30,8 @@ class HookFile:
     def __init__(self, store: Store, plan: Plan, record: ShardRecord, hook: HookSpec) -> None:
         entry = record.hook_files[hook.name]
         self.hook, self.blocks = hook, record.blocks
-        self._codec, self._signed_zero, self._lossy = codec_of(plan.codec), plan.signed_zero, plan.lossy
+        self._codec, self._signed_zero = codec_of(plan.codec), plan.signed_zero
+        self._lossy = plan.lossy and hook.kind == "neurons"
         source = store.open(f"{record.directory}/{entry.file}")
         self._file = TensorFile(source, entry.bytes, entry.header_xxh3)
         expected = layout.metadata(hook, list(record.blocks), plan.codec, plan.signed_zero, record.token_start)
