@@ -7,6 +7,7 @@ Exit codes: 0 done; 1 the dump is damaged, or the disk or model could not be rea
 from __future__ import annotations
 
 import contextlib
+import io
 import shlex
 import sys
 import time
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 LINE_EVERY_S = 60.0  # of progress, in a log
+MAX_TABLE_WIDTH = 1000
 
 app = typer.Typer(
     name="pyfacts",
@@ -39,7 +41,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+out = Console(soft_wrap=True, width=None if sys.stdout and sys.stdout.isatty() else 160)
 err = Console(stderr=True, soft_wrap=True)
 
 DumpArgument = Annotated[
@@ -51,6 +53,8 @@ def main() -> NoReturn:
     """Runs the command line and exits; every expected error is one line on stderr."""
     from .dump.errors import DumpError, DumpInterrupted
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a token may be anything, and the terminal ASCII
     try:
         app()  # exits by itself, with 2 for arguments that it cannot parse
     except DumpInterrupted as error:
@@ -205,7 +209,8 @@ def info(out_directory: DumpArgument) -> None:
             dropped = f"{hook.dropped_share:.2%}" if d.plan["select"] else "-"
             sparse = (f"{hook.density:.2%}", f"{hook.density * hook.width:.1f}", f"{silent:,}", dropped)
         table.add_row(name, hook.kind, hook.dtype, f"{hook.width:,}", *sparse, human_bytes(hook.n_bytes), share)
-    out.print(table)
+    table.width = out.measure(table, options=out.options.update(max_width=MAX_TABLE_WIDTH)).maximum
+    out.print(table, crop=False)  # a narrow terminal breaks its lines, and names stay whole
 
 
 @app.command()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -50,7 +51,7 @@ class ActivationStream:
         token_mask: see `pyfacts.capture`.
         on_forward: called at the end of every forward that fired hooks, with the activations {hook name: encoding, or
             rows [n, width]} and the positions {stream: int64 [n, 2]} of their tokens.
-        stop_early: end each `run` as soon as all hooks have their tokens.
+        stop_early: only `run` is looked at, in its own thread, and ends as soon as all hooks have their tokens.
         saes: SAEs, by the hook points of their latents, which join `points`.
     """
 
@@ -85,6 +86,8 @@ class ActivationStream:
         self._forward: Forward | None = None
         self._ends: dict[str, End] = {}
         self._open = False
+        self._running: int | None = None  # the thread that is inside of `run`
+        self._to_the_end = False
         self._exit = contextlib.ExitStack()
 
     # ---- entering and leaving ----------------------------------------------------------------------------------------
@@ -132,6 +135,7 @@ class ActivationStream:
         collected: dict[str, Activations] = {}
         on_forward, self.on_forward = self.on_forward, lambda parts, positions: collected.update(parts)
         kept_mask, self.token_mask = self.token_mask, token_mask
+        self._running = threading.get_ident()
         try:
             with torch.no_grad():
                 self.model(*args, **inputs)
@@ -140,12 +144,20 @@ class ActivationStream:
         except _Stop as stop:
             self._deliver(stop.forward)
         finally:
-            self._forward = None
+            self._forward = self._running = None
             self.on_forward, self.token_mask = on_forward, kept_mask
         missing = [point.name for point in self.points if point.name not in collected]
         if missing:
             raise never_fired(missing)
         return {point.name: collected[point.name] for point in self.points}
+
+    def run_to_the_end(self, token_mask: TokenMask, /, *args: Any, **inputs: Any) -> dict[str, Activations]:
+        """`run`, but goes on from the last hook to the model's head, so that a module that runs again is noticed."""
+        self._to_the_end = True
+        try:
+            return self.run(token_mask, *args, **inputs)
+        finally:
+            self._to_the_end = False
 
     # ---- where a forward begins and ends -----------------------------------------------------------------------------
 
@@ -173,6 +185,7 @@ class ActivationStream:
             if forward is not None and forward.owner is None:
                 self._deliver(forward)
             forward = self._forward = Forward(owner=module)
+        forward.depth += 1
         for stream in streams & {"", "encoder", "decoder"}:
             prefix = "decoder_" if stream == "decoder" and "decoder" not in path else ""
             tokens = forward.tokens.setdefault(stream, Tokens())
@@ -183,9 +196,15 @@ class ActivationStream:
 
     def _end(self, module: nn.Module) -> None:
         forward = self._forward
-        if forward is not None and forward.owner is module and not self._looks_away():
+        if forward is None or self._looks_away():
+            return
+        if forward.owner is module:
             self._forward = None
             self._deliver(forward)
+            return
+        forward.depth -= 1
+        if forward.depth == 1:  # only the head of the owner follows
+            self._stop_if_complete(forward)
 
     def _fail(self, module: nn.Module) -> None:
         """A forward that raised leaves nothing behind."""
@@ -193,8 +212,12 @@ class ActivationStream:
             self._forward = None
 
     def _looks_away(self) -> bool:
-        """Whether this is no forward to capture: one that a backward pass computes again, or after the end."""
-        return not self._open or _recomputing()
+        """Whether this is no forward to capture: one that a backward pass computes again, or somebody else's."""
+        return not self._open or _recomputing() or (self.stop_early and self._running != threading.get_ident())
+
+    def _stop_if_complete(self, forward: Forward | None) -> None:
+        if self.stop_early and forward is not None and forward.complete(self.points):
+            raise _Stop(forward)
 
     def _deliver(self, forward: Forward) -> None:
         if not forward.taken:
@@ -216,9 +239,8 @@ class ActivationStream:
                 return
             with torch.inference_mode(False), torch.no_grad():
                 self._take(point, value)
-            forward = self._forward
-            if self.stop_early and forward is not None and forward.complete(self.points):
-                raise _Stop(forward)
+            if not self._to_the_end:
+                self._stop_if_complete(self._forward)
 
         return take
 

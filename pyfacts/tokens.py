@@ -24,9 +24,13 @@ TokenMask = Tensor | Mapping[str, Tensor] | Callable[[Tensor], Tensor] | None
 
 @dataclass
 class Forward:
-    """One forward pass: whose it is (None if nothing around the blocks was called), its tokens, what was taken."""
+    """One forward pass: whose it is (None if nothing around the blocks was called), its tokens, what was taken.
+
+    `depth` counts the modules around the blocks that have begun and not ended.
+    """
 
     owner: nn.Module | None
+    depth: int = 0
     tokens: dict[str, Tokens] = field(default_factory=dict)
     taken: dict[str, Taken] = field(default_factory=dict)
     drain: Drain = field(default_factory=Drain)

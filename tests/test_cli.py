@@ -17,6 +17,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from saes import TinySae
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
@@ -146,6 +147,18 @@ def test_info_shows_every_hook(run: Run) -> None:
     assert done.returncode == 0
     for part in ("complete", "blocks.0.mlp.hook_post", "blocks.1.mlp.hook_post", "neurons", "300", "zstd"):
         assert part in done.stdout
+
+
+def test_info_on_a_narrow_terminal_says_whole_names(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "out", Console(soft_wrap=True, width=40))
+    assert "blocks.1.mlp.hook_post  neurons" in run("info", "out").stdout
+
+
+def test_top_where_the_terminal_is_ascii(run: Run, work: Path) -> None:
+    arguments = [sys.executable, "-m", "pyfacts", "top", "out", "blocks.0.mlp.hook_post", "7", "-k", "2"]
+    env = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(arguments, cwd=work, capture_output=True, check=False, env=env)
+    assert done.returncode == 0 and done.stdout.count(b"?") >= 2, done.stderr
 
 
 def test_verify_tells_sound_from_damaged(run: Run, work: Path) -> None:

@@ -2,11 +2,14 @@
 
 import json
 import math
+import os
 import pickle
 import shutil
 import struct
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ import pytest
 import torch
 from dump_models import CONTEXT, HOOKS, WIDTH, TinyModel, committed_bytes, hooked, one_thread, tokens  # noqa: F401  one_thread is a fixture
 from safetensors import safe_open
+from torch import nn
 
 import pyfacts
 from pyfacts.dump import DumpError, layout, open_dump, reader, run
@@ -265,6 +269,28 @@ class TestBatches:
                 dumped.batches(HOOKS, *arguments)
 
 
+class TestThreads:
+    def test_one_dump_for_several(self, tmp_path, dense, ids):
+        """More shards than stay open, so that every cache turns over."""
+        d = dump(TinyModel(), ids, tmp_path, names_filter=HOOKS, shard_tokens=128)
+        assert d.n_shards > reader.OPEN_FILES
+        tokens_read = np.random.default_rng(0).integers(0, d.n_tokens, 3000).tolist()
+        with ThreadPoolExecutor(8) as threads:
+            rows = list(threads.map(lambda i: d[HOOKS[i % 2]][i], tokens_read))
+        for i, row in zip(tokens_read, rows, strict=True):
+            assert same_bits(row.to_dense(), dense[HOOKS[i % 2]][i : i + 1])
+        for cache in (d._token_files, d._hook_files, d._blocks):
+            assert cache._used == sum(size for _, size in cache._values.values())
+
+    def test_many_small_shards_keep_few_files_open(self, tmp_path, model, ids):
+        small = {"batch_size": 4, "shard_tokens": 64}
+        d = dump(TinyModel(), ids, tmp_path, names_filter=HOOKS, codec="none", **small)
+        before = len(os.listdir("/proc/self/fd"))
+        expected = hooked(model, HOOKS[:1], [(batch,) for batch in ids.split(4)])
+        assert same_bits(d[HOOKS[0]][:].to_dense(), expected[HOOKS[0]])
+        assert len(os.listdir("/proc/self/fd")) - before <= 2 * reader.OPEN_FILES < d.n_shards
+
+
 class TestNeuronTouchesItsColumnOnly:
     def test_other_columns_may_be_rubbish(self, dumped, dense, tmp_path):
         """Every byte of column 0 is overwritten: column 1 still reads, column 0 is an error."""
@@ -419,8 +445,46 @@ class TestHuggingFace:
     def test_the_forward_stops_after_the_last_hook(self, ids, tmp_path):
         model, heads = TinyModel(), []
         model.head.register_forward_hook(lambda *_: heads.append(1))
-        dump(model, ids[:8], tmp_path, names_filter=HOOKS)
-        assert model.forwards == 1 and not heads
+        dump(model, ids[:24], tmp_path, names_filter=HOOKS)
+        assert model.forwards == 3 and len(heads) == 1  # the first is looked at whole
+
+    def test_a_module_that_runs_again_after_the_last_hook(self, ids, tmp_path):
+        """Its second run is what the other name means, and would never be reached."""
+
+        class Tied(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner = TinyModel()
+                self.inner.layers[1] = self.inner.layers[0]
+
+            def forward(self, ids):
+                return self.inner(ids)
+
+        for names in (["inner.layers.1.down"], ["inner.layers.0.down", "inner.layers.1.down"]):
+            with pytest.raises(ValueError, match="its module runs more than once"):
+                dump(Tied(), ids[:24], tmp_path, names_filter=names)
+        assert not list(tmp_path.iterdir())
+
+    def test_the_head_of_a_model_is_not_run(self, tmp_path):
+        from tiny_models import opt
+
+        model, heads = opt(), []
+        model.lm_head.register_forward_hook(lambda *_: heads.append(1))
+        dump(model, tokens(8) % 40, tmp_path, "blocks.0.mlp.hook_post", allow_dense=True)
+        assert not heads
+
+    def test_forwards_of_others_are_not_looked_at(self, model, ids, tmp_path):
+        """Of another thread, or between two of the dump's own."""
+        clean = dump(model, ids[:80], tmp_path / "clean", names_filter=HOOKS)
+
+        def progress(now):
+            assert model(ids[:1]).shape[-1] == 64
+            thread = threading.Thread(target=model, args=(ids[80:90],))
+            thread.start()
+            thread.join()
+
+        dump(model, ids[:80], tmp_path / "busy", names_filter=HOOKS, progress=progress)
+        assert committed_bytes(tmp_path / "busy") == committed_bytes(clean.path)
 
 
 def test_same_plan_same_bytes(model, ids, tmp_path):

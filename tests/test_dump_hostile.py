@@ -12,16 +12,19 @@ import numpy as np
 import pytest
 import xxhash
 import zstandard
+from dump_models import HOOKS, TinyModel, tokens
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_dump_golden import GOLDEN, make
 
 from pyfacts.dump import plan as plan_module
+from pyfacts.dump import shard_reader
 from pyfacts.dump.container import TensorFile
 from pyfacts.dump.digest import xxh3
 from pyfacts.dump.errors import DumpError
 from pyfacts.dump.layout import PLANES
 from pyfacts.dump.reader import open_dump
+from pyfacts.dump.run import dump
 from pyfacts.dump.store import Directory
 
 FUZZ = settings(
@@ -147,6 +150,17 @@ def test_cut_after_it_was_mapped(codec, golden):
         os.truncate(path, 4096)
     with pytest.raises(DumpError, match="cut from"):
         d[name][:]
+
+
+def test_cut_after_it_was_read(tmp_path, monkeypatch):
+    """A block is kept as the mapped file, if it is large; reading it again would kill the process."""
+    monkeypatch.setattr(shard_reader, "MAPPED_BYTES", 0)
+    d = dump(TinyModel(), tokens(400), tmp_path, names_filter=HOOKS, codec="none")
+    d[HOOKS[0]][:100]
+    for path in tmp_path.rglob(f"{HOOKS[0]}.safetensors"):
+        os.truncate(path, 4096)
+    with pytest.raises(DumpError, match="cut from"):
+        d[HOOKS[0]][:100]
 
 
 def test_a_damaged_column_is_named(tmp_path):

@@ -2,15 +2,19 @@
 
 import json
 import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from dump_models import CONTEXT, HOOKS, VOCAB, TinyModel, hooked, one_thread, tokens  # noqa: F401
 from tiny_models import opt, t5
+from torch import nn
 
-from pyfacts.dump import DumpError, arguments, documents
+from pyfacts.dump import DumpError, arguments, documents, layout
+from pyfacts.dump.container import MAX_HEADER_BYTES, header_room
 from pyfacts.dump.inputs import read_tokens
+from pyfacts.dump.layout import HookSpec
 from pyfacts.dump.run import dump
 from pyfacts.dump.store import Directory
 
@@ -186,6 +190,16 @@ class TestMasks:
         assert model.forwards == 2
         d.verify()
 
+    def test_a_function_is_asked_once(self, tmp_path):
+        """So that one that draws lots has one answer."""
+        rng = np.random.default_rng(0)
+        d = dump(
+            TinyModel(), tokens(40), tmp_path, names_filter=HOOKS, token_mask=lambda ids: rng.random(len(ids)) < 0.5
+        )
+        expected = np.random.default_rng(0).random((40, CONTEXT)) < 0.5
+        assert torch.equal(d.token_ids[:], tokens(40)[torch.from_numpy(expected)])
+        d.verify()
+
     @pytest.mark.parametrize(
         ("mask", "message"),
         [
@@ -193,10 +207,13 @@ class TestMasks:
             (torch.ones(5, CONTEXT), "shaped like tokens"),
             (torch.zeros(4, CONTEXT), "no token to capture"),
             (lambda ids: ids[:-1] > 0, "one bool per token"),
+            (lambda ids: np.arange(len(ids)), "must hold bools, got int64"),
+            (lambda ids: ["x"] * len(ids), "must hold bools, got <U1"),
+            (torch.full((4, CONTEXT), torch.nan), "must hold bools, got float32"),
         ],
     )
     def test_bad_masks(self, mask, message, tmp_path):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, TypeError), match=message):
             dump(TinyModel(), tokens(4), tmp_path / "out", names_filter=HOOKS, token_mask=mask)
         assert not (tmp_path / "out").exists()
 
@@ -319,6 +336,38 @@ class TestBadInput:
             dump(TinyModel(), tokens(4), tmp_path / "out", HOOKS, **{argument: value})
         assert not (tmp_path / "out").exists()
 
+    def test_sizes_beyond_all_others(self, tmp_path):
+        plain = dump(TinyModel(), tokens(4), tmp_path / "a", HOOKS)
+        huge = {"batch_size": 10**30, "shard_tokens": 10**30, "context_size": 10**30}
+        d = dump(TinyModel(), tokens(4), tmp_path / "b", HOOKS, **huge)
+        assert torch.equal(d[HOOKS[0]][:].to_dense(), plain[HOOKS[0]][:].to_dense())
+        assert d.contexts(HOOKS[0], int(d[HOOKS[0]].feature_stats().nnz.argmax()))
+
+    def test_more_tokens_than_a_shard_can_have(self, monkeypatch, tmp_path):
+        n = layout.MAX_SHARD_TOKENS
+        hook = HookSpec("x" * 200, "", "input", 1, "neurons", "float32")
+        tensors = layout.hook_file(hook, [None] * layout.max_blocks(n), "none", lossy=True)
+        metadata = layout.metadata(hook, [n] * layout.max_blocks(n), "none", True, n)
+        assert header_room(((t.name, t.dtype, len(t.shape)) for t in tensors), metadata) < MAX_HEADER_BYTES
+        monkeypatch.setattr(layout, "MAX_SHARD_TOKENS", 100)
+        with pytest.raises(ValueError, match="a shard would have 640 tokens, and can have 100: give a smaller"):
+            dump(TinyModel(), tokens(40), tmp_path / "out", HOOKS)
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize(
+        ("out", "message"), [("", "address is empty"), (Path("s3://bucket/out"), "give it as a str")]
+    )
+    def test_no_directory(self, out, message, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(ValueError, match=message):
+            dump(TinyModel(), tokens(4), out, HOOKS)
+        assert not list(tmp_path.iterdir())
+
+    def test_a_name_that_no_file_can_have(self, tmp_path):
+        model = nn.ModuleDict({"層" * 40: nn.Linear(4, 4)})
+        with pytest.raises(ValueError, match="is too long: its file's name would have 372 bytes, and may have 251"):
+            dump(model, tokens(4), tmp_path / "out", "層" * 40)
+
     def test_sizes_of_numpy_and_a_select_that_is_none(self, tmp_path):
         assert dump(TinyModel(), tokens(4), tmp_path / "out", HOOKS, batch_size=np.int64(2)).complete
         with pytest.raises(TypeError, match="select must be"):
@@ -373,6 +422,7 @@ class TestBadInput:
             ([[1, 2], [[3]]], ValueError, "document 1"),
             ([[1, -2]], ValueError, "-2"),
             ([[1, 1 << 40]], ValueError, "1099511627776"),
+            (np.array([[1, 1 << 63]], np.uint64), ValueError, "9223372036854775808, which no vocabulary has"),
             (["some text"], ValueError, "tokenizer"),
             ({"input_ids": [[-4294967291, 7]]}, ValueError, "-4294967291"),
             ({"input_ids": [[1, 2, 3]], "attention_mask": [[1, 1]]}, ValueError, "must be shaped like"),

@@ -17,9 +17,11 @@ import dump_models
 import pytest
 import torch
 from dump_models import ARGUMENTS, CONTEXT, HOOKS, N_SEQUENCES, TinyModel, committed_bytes, hooked, one_thread, tokens  # noqa: F401
+from torch import nn
 
 from pyfacts.capture import DENSE_ABOVE
 from pyfacts.dump import DumpError, DumpInterrupted, arguments, files, open_dump, shard_writer, worker
+from pyfacts.dump.fingerprint import weights_xxh3
 from pyfacts.dump.run import dump
 from pyfacts.dump.store import Directory
 from pyfacts.select import topk
@@ -189,6 +191,32 @@ class TestDisk:
         (tmp_path / "out").write_text("not a directory")
         with pytest.raises(DumpError, match="out: is a file"):
             resume(tmp_path / "out")
+
+    def test_a_plan_that_cannot_be_written_leaves_nothing(self, tmp_path, monkeypatch):
+        def full(fd):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(DumpError, match="the disk is full"):
+            resume(tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    def test_the_current_directory_may_change(self, undisturbed, tmp_path, monkeypatch):
+        (tmp_path / "other").mkdir()
+        monkeypatch.chdir(tmp_path)
+        d = resume("out", progress=lambda now: os.chdir(tmp_path / "other"))
+        assert d[HOOKS[0]][:].nnz and not list((tmp_path / "other").iterdir())
+        assert committed_bytes(tmp_path / "out") == undisturbed
+
+    def test_records_that_go_meanwhile(self, undisturbed, tmp_path):
+        def progress(now):
+            if now.shards_done == 1:
+                (tmp_path / "00000.json").unlink(missing_ok=True)
+
+        with pytest.raises(DumpError, match="records of committed shards have gone"):
+            resume(tmp_path, progress=progress)
+        resume(tmp_path)
+        assert committed_bytes(tmp_path) == undisturbed
 
 
 class TestBesideTheForwards:
@@ -484,6 +512,15 @@ class TestAnotherDumpInTheDirectory:
         ]:
             with pytest.raises(DumpError, match=f"another dump: {field}"):
                 dump(model, other, tmp_path, **ARGUMENTS)
+
+    def test_weights_whose_names_differ_by_a_wrapper_alone(self, tmp_path):
+        """Of `weight` and `module.weight` neither is left out of the hash."""
+        one, other = nn.Module(), nn.Module()
+        for model, value in ((one, 0.0), (other, 1.0)):
+            model.module = nn.Linear(3, 3, bias=False)
+            nn.init.zeros_(model.module.weight)
+            model.weight = nn.Parameter(torch.full((3, 3), value))
+        assert weights_xxh3(one.state_dict()) != weights_xxh3(other.state_dict())
 
     def test_a_wrapped_model_is_the_same_model(self, undisturbed, tmp_path):
         with pytest.raises(KeyboardInterrupt):

@@ -85,7 +85,7 @@ def test_the_forward_stops_after_the_hook(tmp_path: Path) -> None:
     model, later = TinyModel(), []
     model.layers[1].register_forward_hook(lambda *_: later.append(1))
     dump(tmp_path, model=model)
-    assert model.forwards == -(-N_SEQUENCES // 8) and not later
+    assert model.forwards == -(-N_SEQUENCES // 8) and len(later) == 1  # the first forward is looked at whole
 
 
 def test_an_interrupted_dump_resumes_to_the_same_bytes(dumped: pyfacts.Dump, tmp_path: Path) -> None:

@@ -12,10 +12,13 @@ from .. import _library, cuda
 from ..attach import SaesByHook, SparseAutoencoder, resolve_captured
 from ..hook_point import HookPoint
 from ..models import NamesFilter, unwrap
+from ..scalars import as_int
 from ..warn import warn
 from .documents import tokenizer_of
+from .plan import hook_file_name
 
 MAX_DEFAULT_CONTEXT = 2048
+MAX_FILE_NAME = 255 - len(".tmp")  # while it is written
 
 
 def load_model(model: Any) -> tuple[nn.Module, str | None]:
@@ -89,6 +92,12 @@ def dumped_points(
             f"{decoders[0]} belongs to a decoder that reads tokens of its own, and a dump has one stream of tokens: "
             "name the encoder's hooks, or use pyfacts.capture"
         )
+    for point in (*points, *latents):
+        if len(hook_file_name(point.name)) > MAX_FILE_NAME:
+            raise ValueError(
+                f"{point.name} is too long: its file's name would have {len(hook_file_name(point.name))} bytes, and "
+                f"may have {MAX_FILE_NAME}"
+            )
     return points, latents
 
 
@@ -154,6 +163,8 @@ def rank_of_process(rank: int | None, world_size: int | None) -> tuple[int, int]
             if "SLURM_PROCID" in env and "SLURM_NTASKS" in env:  # of each element of an array, if there is one
                 n_tasks = _number_of("SLURM_NTASKS")
                 rank, world_size = rank * n_tasks + _number_of("SLURM_PROCID"), world_size * n_tasks
+    if rank is not None and world_size is not None:
+        rank, world_size = as_int("rank", rank), as_int("world_size", world_size)
     if rank is None or world_size is None or not 0 <= rank < world_size:
         raise ValueError(f"rank and world_size go together, with 0 <= rank < world_size; got {rank} and {world_size}")
     return rank, world_size

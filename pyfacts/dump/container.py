@@ -186,6 +186,10 @@ class TensorFile:
             raise DumpError(f"bytes {begin}:{stop} of {info.nbytes} were asked for", path=self.path, tensor=name)
         return self._source.read(start + begin, start + stop)
 
+    def check_whole(self) -> None:
+        """DumpError if the file has become shorter than it was, where that would harm what was read of it."""
+        self._source.check_whole()
+
     def check_padding(self) -> None:
         """Reads every `padding` tensor, which nothing else does: DumpError unless it is 0 to 7 zeros."""
         for name in self.tensors:

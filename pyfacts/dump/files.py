@@ -37,11 +37,15 @@ def fsync_directory(directory: Path) -> None:
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Writes a new file and its bytes to the disk; OSError if it exists or the disk refuses."""
+    """Writes a new file and its bytes to the disk; OSError, and nothing is left, if the disk refuses."""
     with open(path, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
 
 
 def has_hard_links(directory: Path) -> bool:

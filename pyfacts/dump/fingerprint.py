@@ -54,8 +54,8 @@ def describe_sae(sae: SparseAutoencoder) -> dict[str, Any]:
 def weights_xxh3(tensors: Mapping[str, torch.Tensor]) -> str | None:
     """Hashes names, dtypes, shapes and bytes of weights and buffers (xxh3-128, hex); None if not all are here."""
     digest = xxhash.xxh3_128()
-    state = {_WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
-    for name, tensor in sorted(state.items()):
+    for name, own in sorted((_WRAPPERS.sub("", own), own) for own in tensors):
+        tensor = tensors[own]
         if not isinstance(tensor, torch.Tensor):
             continue
         if tensor.is_meta or hasattr(tensor, "device_mesh") or tensor.layout != torch.strided or tensor.is_quantized:

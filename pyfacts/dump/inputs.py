@@ -4,8 +4,8 @@ import contextlib
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, BinaryIO
 
 import numpy as np
 import xxhash
@@ -13,8 +13,6 @@ import xxhash
 from .documents import Document, read_documents, token_documents, without_padding
 from .files import unique_name
 from .store import Store
-
-MaskFunction = Callable[[np.ndarray], Any]
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class Sequences:
         start, length: int64 [n_sequences], where each sequence lies in `ids`.
         document, first_position: int64 [n_sequences], the document that a sequence was cut from, and where it begins in
             it.
-        mask: bool [n], the tokens to capture; or a function of one sequence's ids; or None for all.
+        mask: bool [n], the tokens to capture; or None for all.
         context_size: how many tokens documents were cut after; None if they were not.
     """
 
@@ -53,7 +51,7 @@ class Sequences:
     length: np.ndarray
     document: np.ndarray
     first_position: np.ndarray
-    mask: np.ndarray | MaskFunction | None
+    mask: np.ndarray | None
     context_size: int | None
 
     @property
@@ -91,6 +89,10 @@ class Sequences:
                     f"tokens: document {self.document[sequence]} holds the negative token id {low}; token ids start at "
                     "0 (leave padding out, or give what the tokenizer returned, with its attention mask)"
                 )
+            if high >= 2**63:
+                raise ValueError(
+                    f"tokens: document {self.document[sequence]} holds the token id {high}, which no vocabulary has"
+                )
             highest = max(highest, high)
             captured[sequence] = np.count_nonzero(mask)
             digest.update(ids.astype("<i8", copy=False).tobytes())
@@ -108,11 +110,6 @@ class Sequences:
     def _captured(self, sequence: int) -> np.ndarray:
         if self.mask is None:
             return np.ones(self.length[sequence], bool)
-        if callable(self.mask):
-            mask = np.asarray(self.mask(self._ids(sequence)))
-            if mask.shape != (self.length[sequence],):
-                raise ValueError(f"token_mask must return one bool per token, got shape {mask.shape} of {mask.dtype}")
-            return mask.astype(bool)
         start = self.start[sequence]
         return self.mask[start : start + self.length[sequence]]
 
@@ -138,7 +135,7 @@ def read_tokens(
     """Turns what a caller gives as tokens into sequences.
 
     Arrays are used where they lie (memory-mapped ones too); documents are tokenised in order and spooled to a file in
-    `store.spool` that has no name any more, so that nothing of it stays behind.
+    `store.spool`, and so is what a function says of them, which is asked once.
 
     Args:
         source: integers [n_sequences, pos] or [n] (then `context_size` is needed) as a tensor or array; a list of
@@ -165,8 +162,9 @@ def read_tokens(
         raise ValueError(f"tokens: {name} is empty; there is nothing to dump")
     if isinstance(source, Mapping) and hasattr(token_mask, "__len__"):
         token_mask = without_padding("token_mask", token_mask, source)
-    mask = token_mask if callable(token_mask) else _flat_mask(token_mask, lengths)
-    return Sequences(flat, *_cut(lengths, context_size), mask, context_size)
+    mask = None if callable(token_mask) else _flat_mask(token_mask, lengths)
+    sequences = Sequences(flat, *_cut(lengths, context_size), mask, context_size)
+    return replace(sequences, mask=_asked(token_mask, sequences, store)) if callable(token_mask) else sequences
 
 
 def _as_array(source: Any) -> np.ndarray | None:
@@ -205,11 +203,7 @@ def _flatten(array: np.ndarray, context_size: int | None) -> tuple[np.ndarray, n
 def _spool(documents: Iterator[np.ndarray], store: Store) -> tuple[np.ndarray, np.ndarray]:
     """Writes documents one after another into an unnamed file and maps it. Returns ids int32 [n] and their lengths."""
     lengths = []
-    with store.write_errors():
-        path = store.spool / unique_name(".tokens")
-        file = open(path, "x+b")  # closed below, where a full disk may refuse the last buffer again
-        path.unlink()
-    try:
+    with _unnamed_file(store) as file:
         for number, ids in enumerate(documents):
             if ids.size and max(int(ids.max()), -int(ids.min())) >= 2**31:
                 worst = ids[np.abs(ids).argmax()]
@@ -220,10 +214,35 @@ def _spool(documents: Iterator[np.ndarray], store: Store) -> tuple[np.ndarray, n
         with store.write_errors():
             file.flush()
         flat = np.memmap(file, np.int32, mode="r") if any(lengths) else np.empty(0, np.int32)
+    return flat, np.array(lengths, np.int64)
+
+
+def _asked(function: Callable[[np.ndarray], Any], sequences: Sequences, store: Store) -> np.ndarray:
+    """What a function says of the ids of every sequence: bool [n], in an unnamed file."""
+    with _unnamed_file(store) as file:
+        for sequence, length in enumerate(sequences.length.tolist()):
+            mask = np.asarray(function(sequences._ids(sequence)))
+            if mask.shape != (length,):
+                raise ValueError(f"token_mask must return one bool per token, got shape {mask.shape} of {mask.dtype}")
+            with store.write_errors():
+                file.write(_bools(mask).tobytes())
+        with store.write_errors():
+            file.flush()
+        return np.memmap(file, np.bool_, mode="r")
+
+
+@contextlib.contextmanager
+def _unnamed_file(store: Store) -> Iterator[BinaryIO]:
+    """A file in `store.spool` that has no name any more, so that nothing of it stays behind."""
+    with store.write_errors():
+        path = store.spool / unique_name(".tokens")
+        file = open(path, "x+b")  # closed below, where a full disk may refuse the last buffer again
+        path.unlink()
+    try:
+        yield file
     finally:
         with contextlib.suppress(OSError):
             file.close()
-    return flat, np.array(lengths, np.int64)
 
 
 def _flat_mask(token_mask: Any, lengths: np.ndarray) -> np.ndarray | None:
@@ -242,12 +261,20 @@ def _flat_mask(token_mask: Any, lengths: np.ndarray) -> np.ndarray | None:
             f"token_mask must be shaped like tokens: it has {len(sizes)} rows of {min(sizes, default=0)} to "
             f"{max(sizes, default=0)} bools, tokens have {len(lengths)} of {lengths.min()} to {lengths.max()}"
         )
-    return np.concatenate(rows).astype(bool)
+    return _bools(np.concatenate(rows))
+
+
+def _bools(mask: np.ndarray) -> np.ndarray:
+    """A mask of bools, or of zeros and ones, as attention masks are."""
+    if mask.dtype != np.bool_ and (mask.dtype.kind not in "iuf" or not np.isin(mask, (0, 1)).all()):
+        raise TypeError(f"token_mask must hold bools, got {mask.dtype}: {mask!r:.80}")
+    return mask.astype(np.bool_, copy=False)
 
 
 def _cut(lengths: np.ndarray, context_size: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Cuts documents into sequences: start, length, document and first position of each. Empty documents give none."""
-    window = max(1, int(lengths.max())) if context_size is None else context_size
+    longest = max(1, int(lengths.max()))
+    window = longest if context_size is None else min(context_size, longest)
     pieces = -(-lengths // window)
     document = np.repeat(np.arange(len(lengths)), pieces)
     first_position = (np.arange(len(document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)) * window

@@ -283,7 +283,7 @@ class Dump:
         document, position, _ = tokens
         same = document == document[token - start]
         size = self._plan.tokens.get("context_size")
-        if isinstance(size, int) and size > 0:  # the document was cut, and the model saw one piece at a time
+        if isinstance(size, int) and 0 < size < 2**63:  # the document was cut, and the model saw one piece at a time
             same &= position // size == position[token - start] // size
         first = start + int(same.argmax())
         last = start + len(same) - int(same[::-1].argmax())
@@ -436,8 +436,9 @@ class DumpedHook:
         for shard in self._dump._records:
             stats = self._file(shard).statistics()
             nnz += stats.nnz
-            total += stats.sum
-            total_sq += stats.sum_sq
+            with np.errstate(invalid="ignore", over="ignore"):  # inf - inf is NaN
+                total += stats.sum
+                total_sq += stats.sum_sq
             maximum = np.maximum(maximum, stats.max)
         return FeatureStats(self._dump.n_tokens_committed, nnz, total, total_sq, maximum)
 
@@ -452,6 +453,7 @@ class DumpedHook:
 
     def _block(self, shard: int, block: int) -> Any:
         """A block, checked: an encoding, or rows; the last ones are kept."""
+        self._file(shard).check_whole()
         return self._dump._blocks.get((shard, self.name, block), lambda: self._read_block(shard, block))
 
     def _read_block(self, shard: int, block: int) -> Any:

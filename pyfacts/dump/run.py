@@ -1,6 +1,7 @@
 """`pyfacts.dump`: runs a model over tokens and writes what its hooks carry, shard by shard, resumable at any point."""
 
 import functools
+import operator
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,11 +27,12 @@ from .arguments import (
     load_tokenizer,
     rank_of_process,
 )
+from .errors import DumpError
 from .fingerprint import describe_model, describe_sae, plain
-from .inputs import MaskFunction, TokenSurvey, read_tokens
+from .inputs import TokenSurvey, read_tokens
 from .layout import HookSpec
 from .plan import Plan
-from .reader import Dump, open_dump
+from .reader import Dump
 from .store import open_store
 from .surroundings import caught_signals, evaluating
 from .worker import Progress, Worker
@@ -46,7 +48,7 @@ def dump(
     codec: str = "zstd",
     batch_size: int = 8,
     context_size: int | None = None,
-    token_mask: MaskFunction | Tensor | np.ndarray | Sequence[Sequence[bool]] | None = None,
+    token_mask: Callable[[np.ndarray], Any] | Tensor | np.ndarray | Sequence[Sequence[bool]] | None = None,
     shard_tokens: int = 65536,
     rank: int | None = None,
     world_size: int | None = None,
@@ -153,14 +155,17 @@ def dump(
             ActivationStream(module, points, select=select, stop_early=True, saes=latents) as stream,
         ):
             Worker(store, plan, source, stream, allow_dense, progress, signals).run(rank, world_size)
-    return open_dump(out)
+    d = Dump(store, "torch")
+    if not d.complete:
+        raise DumpError("records of committed shards have gone; dump again to compute these shards anew", path=d.path)
+    return d
 
 
 def _shards(survey: TokenSurvey, batch_size: int, shard_tokens: int) -> dict[str, tuple[int, ...]]:
     """Cuts sequences into shards of whole batches with at least `shard_tokens` captured tokens, but for the last."""
     n_sequences = len(survey.captured)
     sequences, token_starts = [0], [0]
-    captured = np.add.reduceat(survey.captured, np.arange(0, n_sequences, batch_size))
+    captured = np.add.reduceat(survey.captured, np.arange(0, n_sequences, min(batch_size, n_sequences)))
     total = 0
     for batch, count in enumerate(captured.tolist(), start=1):
         total += count
@@ -171,4 +176,10 @@ def _shards(survey: TokenSurvey, batch_size: int, shard_tokens: int) -> dict[str
         sequences.append(n_sequences)
         token_starts.append(total)
     sequences[-1] = n_sequences  # batches without any token join the shard before them
+    largest = max(map(operator.sub, token_starts[1:], token_starts))
+    if largest > layout.MAX_SHARD_TOKENS:
+        raise ValueError(
+            f"a shard would have {largest:,} tokens, and can have {layout.MAX_SHARD_TOKENS:,}: give a smaller "
+            "shard_tokens (or batch_size, of whose batches shards are made)"
+        )
     return {"sequences": tuple(sequences), "token_starts": tuple(token_starts)}

@@ -19,6 +19,8 @@ from .plan import Plan, ShardRecord
 from .statistics import Statistics, new_statistics
 from .store import Store
 
+MAPPED_BYTES = 1 << 20  # smaller blocks are copied: each that is mapped keeps a file open
+
 
 class HookFile:
     """A hook's file of a shard. Its header is checked when it is opened, the rest when it is read.
@@ -40,8 +42,8 @@ class HookFile:
         self._statistics: Statistics | None = None
 
     def encoding(self, block: int) -> "_storage.Encoding":
-        """Returns a block, all columns, checked. With codec "none" its index and values are the file's bytes, mapped
-        where it lies in a directory."""
+        """Returns a block, all columns, checked. With codec "none" index and values of a large one, in a directory, are
+        the mapped file's bytes: `check_whole` before each use."""
         return self._columns(block, 0, self.hook.n_columns, self.hook.width)
 
     def column(self, block: int, column: int) -> "_storage.Encoding":
@@ -68,6 +70,10 @@ class HookFile:
         array = self._file.array(name, "F64", (self.blocks[block],))
         self._check_digest(f"{name}_xxh3", name, xxh3(array))
         return array
+
+    def check_whole(self) -> None:
+        """DumpError if a mapped file has been cut: what was read of it would kill the process."""
+        self._file.check_whole()
 
     def statistics(self) -> Statistics:
         """Returns those of every feature over the shard."""
@@ -110,7 +116,9 @@ class HookFile:
                     tensor=f"{block}/column_xxh3",
                     offset=self._file.offset(f"{block}/column_xxh3", 8 * (begin + c)),
                 )
-        if self._codec is not None:
+        if self._codec is None and sum(piece.nbytes for piece in stored) < MAPPED_BYTES:
+            stored = [memoryview(bytes(piece)) for piece in stored]
+        elif self._codec is not None:
             columns = [
                 self._unpacked(block, begin + c, column, starts[begin + c].tolist(), lengths[begin + c].tolist())
                 for c, column in enumerate(zip(*frames, strict=True))

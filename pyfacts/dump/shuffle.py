@@ -27,6 +27,7 @@ def batches(
     batch_size, seed = at_least_one("batch_size", batch_size), as_int("seed", seed)
     if seed < 0:
         raise ValueError(f"seed must be at least 0, got {seed}")
+    rank, world_size = as_int("rank", rank), as_int("world_size", world_size)
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be in [0, world_size), got {rank} of {world_size}")
     if not hooks:

@@ -38,6 +38,9 @@ class Source(Protocol):
     def read(self, begin: int, end: int) -> memoryview:
         """Bytes [begin, end), which lie within the file; DumpError if they have gone."""
 
+    def check_whole(self) -> None:
+        """DumpError if what was read has gone."""
+
 
 class Store(ABC):
     """A dump's files.
@@ -229,9 +232,12 @@ class MappedFile:
             os.close(descriptor)
 
     def read(self, begin: int, end: int) -> memoryview:
+        self.check_whole()
+        return memoryview(self._map)[begin:end]
+
+    def check_whole(self) -> None:
         if self._map.size() < self.n_bytes:  # reading beyond the end of a mapped file kills the process
             raise DumpError(f"the file was cut from {self.n_bytes} to {self._map.size()} bytes", path=self.path)
-        return memoryview(self._map)[begin:end]
 
 
 def attempted_shard(directory: str) -> str:
@@ -243,8 +249,14 @@ def attempted_shard(directory: str) -> str:
 def open_store(path: str | os.PathLike[str]) -> Store:
     """The store of a directory, or of an address that fsspec knows (`s3://bucket/dump`)."""
     address = os.fspath(path)
+    if not address:
+        raise ValueError("the dump's directory or address is empty; '.' is the current directory")
+    if isinstance(path, Path) and re.match("[a-z0-9+]{2,}:/[^/]", address):
+        raise ValueError(f"{address} was an address before pathlib took one of its slashes: give it as a str")
     if "://" not in address or address.startswith("file:///"):
-        return Directory(Path(address.removeprefix("file://")))
+        return Directory(
+            Path(address.removeprefix("file://")).absolute()
+        )  # whatever directory is the current one later
     from .bucket import Bucket
 
     return Bucket(address)

@@ -124,7 +124,7 @@ class Worker:
     def _probe(self, shard: int) -> None:
         """Runs a shard's first batch that captures anything, for dtypes, density and a projection of the bytes."""
         for begin, end in self._batches(shard):
-            captured = self._forward(begin, end)
+            captured = self._forward(begin, end, self._stream.run_to_the_end)
             if captured is not None:
                 break
         assert captured is not None, "a shard holds at least one token"
@@ -245,8 +245,12 @@ class Worker:
         for first in range(begin, end, self._plan.batch_size):
             yield first, min(first + self._plan.batch_size, end)
 
-    def _forward(self, begin: int, end: int) -> _Captured | None:
-        """Sequences [begin, end) and the activations of their captured tokens by hook; None if there are none."""
+    def _forward(self, begin: int, end: int, run: Callable[..., dict[str, Any]] | None = None) -> _Captured | None:
+        """Sequences [begin, end) and the activations of their captured tokens by hook; None if there are none.
+
+        Args:
+            run: the stream's `run_to_the_end`, or None for its `run`.
+        """
         if self._probed is not None and self._probed[0] == begin:
             captured, self._probed = self._probed[1], None
             return captured
@@ -254,7 +258,7 @@ class Worker:
         if not batch.captured.any():
             return None
         args, kwargs = model_inputs(self._stream.model, batch.ids, batch.attention)
-        parts = self._stream.run(torch.from_numpy(batch.captured), *args, **kwargs)
+        parts = (run or self._stream.run)(torch.from_numpy(batch.captured), *args, **kwargs)
         n_tokens = len(batch.document)
         for name, part in parts.items():
             if len(part) != n_tokens:
