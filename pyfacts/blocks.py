@@ -23,6 +23,9 @@ DOWN_PROJECTIONS = frozenset(
 ATTENTION_PARTS = ("attn", "attention")
 """A path part that contains one of these (in lower case) is attention: `attn.c_proj` is no MLP's down-projection."""
 
+ROUTER_PARTS = frozenset({"gate", "router"})
+"""A path part of these names leads to what chooses among experts, which may be an MLP of its own (Zaya's)."""
+
 ORDER = (
     "hook_resid_pre",
     "hook_attn_out",
@@ -140,7 +143,8 @@ def _experts(block: nn.Module) -> Iterator[str]:
 def _mlps(block: nn.Module, experts: tuple[str, ...]) -> Iterator[Mlp]:
     for path, module in block.named_modules():
         holder, _, last = path.rpartition(".")
-        if last in DOWN_PROJECTIONS and not is_attention(path) and not _within(path, experts):
+        elsewhere = is_attention(path) or _is_router(holder) or _within(path, experts)
+        if last in DOWN_PROJECTIONS and not elsewhere:
             width = in_width(module)
             up = _up_projection(block.get_submodule(holder), last, width)
             if width is not None and up is not None:
@@ -153,6 +157,10 @@ def _mlps(block: nn.Module, experts: tuple[str, ...]) -> Iterator[Mlp]:
             width = in_width(down)
             if width is not None and out_width(up_projection) == width:
                 yield Mlp("", "intermediate.dense", "output.dense", width)
+
+
+def _is_router(path: str) -> bool:
+    return not ROUTER_PARTS.isdisjoint(path.split("."))
 
 
 def _up_projection(holder: nn.Module, down: str, width: int | None) -> str | None:
@@ -276,8 +284,16 @@ def _t5_layout(block: nn.Module) -> dict[str, str]:
     return rows
 
 
-SCALES_OF_THE_STREAM = ("residual_multiplier", "residual_scale", "input_residual", "layer_scalar", "mlp_beta_factor")
-"""Granite's, MiniCPM's, Doge's, Gemma 4's and MiniMax's: what a sublayer adds is scaled outside of any module."""
+SCALES_OF_THE_STREAM = (
+    "residual_multiplier",  # Granite
+    "residual_scale",  # MiniCPM
+    "input_residual",  # Doge
+    "layer_scalar",  # Gemma 4
+    "mlp_beta_factor",  # MiniMax
+    "mlp_residual_add_idx",  # Beam
+    "scaling_factor",  # ESMC
+)
+"""Attributes of blocks that scale what a sublayer adds, outside of any module."""
 
 
 def _rows(block: nn.Module, mlps: tuple[Mlp, ...]) -> dict[str, str]:
@@ -293,6 +309,8 @@ def _rows(block: nn.Module, mlps: tuple[Mlp, ...]) -> dict[str, str]:
     if any(hasattr(block, scale) for scale in SCALES_OF_THE_STREAM):
         layout.pop("hook_attn_out", None)
         layout.pop("hook_mlp_out", None)
+    if getattr(getattr(block, "attention", None), "dense_bias", None) is not None:  # GPT-NeoX-Japanese: added outside
+        layout.pop("hook_attn_out", None)
     rows = {"hook_resid_pre": "", "hook_resid_post": ":output"} | layout
     if len(mlps) == 1 or (layout and hasattr(block, "mlp")):
         rows["mlp.hook_in"] = "mlp" if hasattr(block, "mlp") else mlps[0].holder or mlps[0].up

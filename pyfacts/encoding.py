@@ -298,9 +298,9 @@ def check_matrix(name: str, x: Tensor) -> None:
     if x.is_nested:
         raise ValueError(f"{name} must be a plain tensor, got a nested one; use .values() or .to_padded_tensor(0.0)")
     if x.dim() != 2:
-        raise ValueError(
-            f"{name} must be [n_tokens, n_features], got shape {tuple(x.shape)}; flatten it with .flatten(0, -2)"
-        )
+        wanted = "[n_tokens, n_features]" if name == "x" else "a matrix"
+        hint = "; flatten it with .flatten(0, -2)" if name == "x" else ""
+        raise ValueError(f"{name} must be {wanted}, got shape {tuple(x.shape)}{hint}")
     if x.layout != torch.strided:
         raise ValueError(f"{name} must be a dense (strided) tensor, got {x.layout}; use .to_dense()")
     if x.device.type == "cuda" and not cuda.available():

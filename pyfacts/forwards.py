@@ -44,14 +44,14 @@ def watch(module: nn.Module, watcher: Watcher) -> Callable[[], None]:
 
 
 def _hook(module: nn.Module, watcher: Watcher) -> Callable[[], None]:
-    signature = _signature(module.forward)
+    parameters = signature(module.forward)
     raised_before: BaseException | None = None
 
     def before(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal raised_before
         if called is module:  # and not a copy of it
             raised_before = sys.exc_info()[1]
-            watcher.begin(module, args, _bind(signature, args, kwargs))
+            watcher.begin(module, args, _bind(parameters, args, kwargs))
 
     def after(called: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if called is module:
@@ -109,7 +109,7 @@ def _watched_forward(module: nn.Module, own: Any, watchers: _Watchers, /, *args:
     plain = type(module).forward.__get__(module)
     watching = list(watchers)
     if watching:
-        bound = lens_calls.arguments(module, _bind(_signature(plain), args, kwargs))
+        bound = lens_calls.arguments(module, _bind(signature(plain), args, kwargs))
     for watcher in watching:
         watcher.begin(module, args, bound)
     try:
@@ -123,7 +123,7 @@ def _watched_forward(module: nn.Module, own: Any, watchers: _Watchers, /, *args:
     return output
 
 
-def _signature(forward: Callable[..., Any]) -> inspect.Signature | None:
+def signature(forward: Callable[..., Any]) -> inspect.Signature | None:
     try:
         return inspect.signature(forward)
     except (TypeError, ValueError):

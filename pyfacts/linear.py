@@ -8,9 +8,10 @@ from typing import Literal, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import ops
-from .encoding import EncodedActivations, check_matrix
+from .encoding import DTYPES, EncodedActivations, check_matrix
 from .scalars import as_int
 
 ACTIVATIONS = ("relu", "relu2", "jumprelu")
@@ -82,6 +83,7 @@ def linear_relu_encode(
     if not return_dense:
         x, weight, bias = _detached(x, weight, bias)
     threshold = None if threshold is None else threshold.detach()
+    _refuse_tangents(x, weight, bias)
     dense, planes = ops.linear_relu_encode(x, weight, bias, activation, threshold, return_dense)
     encoded = EncodedActivations(*planes, n_features=weight.shape[0])
     return (dense, encoded) if return_dense else encoded
@@ -207,6 +209,7 @@ def sparse_linear(enc: EncodedActivations, W_dec: Tensor, b_dec: Tensor | None =
     if b_dec is not None:
         _check_vector("b_dec", b_dec, W_dec.shape[1], f"W_dec {tuple(W_dec.shape)}")
     _check_alike("enc", enc, W_dec=W_dec, b_dec=b_dec)
+    _refuse_tangents(W_dec, b_dec)
     return ops.sparse_linear(enc.planes, W_dec, b_dec)
 
 
@@ -225,11 +228,21 @@ def _topk(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, over_batch: bo
 
 
 def _autocast(x: Tensor, *others: Tensor | None) -> tuple:
-    """The operands in autocast's dtype, where autocast is on."""
-    if not isinstance(x, Tensor) or not torch.is_autocast_enabled(x.device.type):
+    """The operands in autocast's dtype, where autocast is on; those that may not be operands as they are."""
+    if not isinstance(x, Tensor) or x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
         return x, *others
     dtype = torch.get_autocast_dtype(x.device.type)
-    return tuple(None if operand is None else operand.to(dtype) for operand in (x, *others))
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in DTYPES else t for t in (x, *others))
+
+
+def _refuse_tangents(*operands: Tensor | None) -> None:
+    """NotImplementedError in forward-mode differentiation, where the tangent of an op like ours would be zeros."""
+    if torch.compiler.is_compiling():
+        return
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in operands):
+        raise NotImplementedError(
+            "pyfacts differentiates backwards only (.backward(), torch.autograd.grad), not by jvp"
+        )
 
 
 def _detached(*operands: Tensor | None) -> tuple:

@@ -10,7 +10,7 @@ from .errors import OutOfRangeError
 def as_int(name: str, value: Any) -> int:
     """An argument as an int; TypeError says its name if it is none, and a bool is none."""
     try:
-        if isinstance(value, bool):
+        if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
             raise TypeError
         return operator.index(value)
     except TypeError:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .encoding import EncodedActivations, check_matrix, encode
+from .encoding import DTYPES, EncodedActivations, check_matrix, encode
 from .scalars import as_float, at_least_one
 
 
@@ -96,7 +96,8 @@ class min_abs:
         elif theta.dim() > 1:
             raise ValueError(f"theta must be a number or 1-D [n_features], got shape {tuple(theta.shape)}")
         else:
-            theta = theta.detach().clone() if theta.dim() else float(theta)
+            theta = theta.detach().to(theta.dtype if theta.dtype in DTYPES else torch.float64, copy=True)
+            theta = theta if theta.dim() else float(theta)
         thresholds = torch.as_tensor(theta, dtype=torch.float64, device=getattr(theta, "device", "cpu"))
         if not (thresholds >= 0).all():  # NaN too
             raise ValueError(f"theta must be at least 0, got {thresholds.min()}; |activation| is compared with it")

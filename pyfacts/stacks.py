@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
-from .blocks import ORDER, BlockSurvey, out_width, survey_block
+from .blocks import ORDER, BlockSurvey, is_attention, out_width, survey_block
 from .hook_point import HookPoint
 from .survey import Survey, refusal
 
-OTHER_TOWERS = re.compile(r"vision|visual|image|audio|speech|\bmtp\b")
+OTHER_TOWERS = re.compile(r"vision|visual|image|video|audio|speech|perceiver|protein|\bmtp\b")
 """Stacks whose path has one of these are not the language model's, and are left out where there is another stack."""
 
 
@@ -65,9 +65,17 @@ def _stacks(model: nn.Module) -> Iterator[_Stack]:
             found = survey_block(child)
             if (found.mlps or found.experts) and name.isdigit():
                 blocks[int(name)] = (block_path, found)
+        if _has_attentions_beside(model, path):  # XLM's feed-forwards: the stream passes around them
+            blocks = {index: (where, replace(found, rows={})) for index, (where, found) in blocks.items()}
         if blocks and all(len(_plain_mlps(found)) <= 1 for _, found in blocks.values()):
             inside.append(f"{path}." if path else "")
             yield _Stack(path, blocks)
+
+
+def _has_attentions_beside(model: nn.Module, path: str) -> bool:
+    """Whether a list of attentions stands beside a list of modules, which then are no whole blocks."""
+    parent = model.get_submodule(path.rpartition(".")[0])
+    return any(isinstance(child, nn.ModuleList) and is_attention(name) for name, child in parent.named_children())
 
 
 def _plain_mlps(found: BlockSurvey) -> list[str]:

@@ -23,7 +23,7 @@ from .attach import SparseAutoencoder, encode_latents
 from .drain import Activations, Draining
 from .encoding import DTYPES
 from .errors import HookNeverFired
-from .forwards import Watcher, watch
+from .forwards import Watcher, signature, watch
 from .hook_point import HookPoint
 from .models import unwrap
 from .select import Select
@@ -252,6 +252,7 @@ class ActivationStream:
             if forward is not None:
                 self._deliver(forward)
             forward = self._forward = Forward(owner=None)
+            self._warn_of_masks_unseen()
         tokens = forward.tokens.setdefault(point.stream, Tokens())
         tokens.settle(x, self.token_mask, point)
         taken = forward.taken.setdefault(point.name, Taken(point.stream))
@@ -267,6 +268,14 @@ class ActivationStream:
         else:
             part = forward.drain.move(self.select.encode(x))
         taken.parts.append(part)
+
+    def _warn_of_masks_unseen(self) -> None:
+        parameters = signature(unwrap(self.model).forward)
+        if self.token_mask is None and parameters is not None and "attention_mask" in parameters.parameters:
+            warn(
+                "model.forward(...) was called past the model's hooks, so that no attention mask is seen, and padding "
+                "is captured too: call model(...), or give token_mask"
+            )
 
     def _sae_on(self, point: HookPoint, device: torch.device) -> SparseAutoencoder:
         """The SAE of a hook, moved at its first activations to where they are."""

@@ -230,7 +230,16 @@ def join(parts: Sequence[Activations]) -> Activations:
 
 
 def past_length(cache: Any) -> int:
-    """How many tokens a key-value cache holds already; 0 of anything else."""
+    """How many tokens a key-value cache holds already; 0 of anything else.
+
+    Raises:
+        ValueError: the cache is continuous batching's, which packs the tokens of many sequences into one row.
+    """
+    if type(cache).__name__ == "PagedAttentionCache":
+        raise ValueError(
+            "continuous batching packs many sequences into one row, and pyfacts cannot tell their tokens apart: use "
+            "model.generate"
+        )
     if hasattr(cache, "get_seq_length"):
         return int(cache.get_seq_length())
     entries = getattr(cache, "entries", None)  # TransformerLens'

@@ -1,6 +1,7 @@
 """Which tokens are captured, in which order, at which positions: masks, caches, chunks, two stacks, early stops."""
 
 import inspect
+import warnings
 
 import pytest
 import tiny_models as tiny
@@ -157,6 +158,36 @@ def test_a_cache_from_before_the_capture(model, argument):
         with pyfacts.capture(model) as cache:
             model(tiny.tokens(2, 2), **past, attention_mask=torch.ones(2, 6, dtype=torch.long))
     assert cache.positions.tolist() == [[0, 4], [0, 5], [1, 4], [1, 5]]
+
+
+class PagedAttentionCache:
+    """Of transformers' continuous batching, as far as a model is handed it."""
+
+
+def test_continuous_batching_is_refused():
+    class Packed(tiny.PlainMlp):
+        def forward(self, x, cache=None):
+            return super().forward(x)
+
+    model = Packed()
+    with (
+        pytest.raises(ValueError, match="continuous batching packs many sequences into one row"),
+        pyfacts.capture(model, "fc2"),
+    ):
+        model(torch.randn(1, 3, 6), cache=PagedAttentionCache())
+
+
+def test_forward_past_the_hooks_is_said_to_see_no_mask():
+    model, hook = tiny.llama_like("Llama").model, "layers.0.mlp.down_proj"
+    with pytest.warns(UserWarning, match="no attention mask is seen, and padding is captured too"):
+        with pyfacts.capture(model, hook, select=pyfacts.topk(3)) as cache:
+            model.forward(tiny.tokens(), attention_mask=MASK)
+    assert len(cache[hook]) == 14
+    masked = pyfacts.capture(model, hook, select=pyfacts.topk(3), token_mask=MASK)
+    with warnings.catch_warnings(), masked as cache:
+        warnings.simplefilter("error")
+        model.forward(tiny.tokens(), attention_mask=MASK)
+    assert len(cache[hook]) == MASK.sum()
 
 
 def generate(model, mask, n_new, cache_implementation):

@@ -208,7 +208,7 @@ def test_rows_by_number_and_iteration() -> None:
     assert_same_bits(torch.cat([row.to_dense() for row in enc]), x)
     with pytest.raises(IndexError, match="token 5 is out of range"):
         enc[5]
-    for other in ((slice(None), 3), (1, 2), 1.0, None, True, "1"):
+    for other in ((slice(None), 3), (1, 2), 1.0, None, True, torch.tensor(True), "1"):
         with pytest.raises(
             TypeError, match="token must be an int, got .*; a slice, or a list, array or tensor"
         ) as caught:

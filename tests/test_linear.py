@@ -146,6 +146,32 @@ def test_autocast_decides_the_dtype() -> None:
     assert_encodes(enc, expected)
 
 
+def test_autocast_casts_no_operand_that_linear_would_not() -> None:
+    x, weight, bias = operands((20, 8, 300), torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for wrong in (
+            (x.double(), weight.double(), None),
+            (x.long(), weight, None),
+            (x, weight, 1.0),
+            (x, [1.0], None),
+        ):
+            with pytest.raises(TypeError):
+                pyfacts.linear_relu_encode(*wrong)
+            with pytest.raises(TypeError):
+                pyfacts.linear_topk_encode(*wrong, 3)
+
+
+def test_forward_mode_is_refused_rather_than_zero() -> None:
+    x, weight, _ = operands((20, 8, 300), torch.float32)
+    enc, W_dec = pyfacts.encode(x.relu()), torch.randn(8, 4)
+    for call, primal in (
+        (lambda w: pyfacts.linear_relu_encode(x, w, return_dense=True)[0], weight),
+        (lambda w: pyfacts.sparse_linear(enc, w), W_dec),
+    ):
+        with pytest.raises(NotImplementedError, match="differentiates backwards only"):
+            torch.func.jvp(call, (primal,), (torch.ones_like(primal),))
+
+
 # ---- selections ------------------------------------------------------------------------------------------------------
 
 

@@ -104,6 +104,37 @@ def test_residual_stream_adds_up(name):
             torch.testing.assert_close(row["hook_mlp_in"], row["hook_resid_pre"] if name in PARALLEL else mid)
 
 
+@pytest.mark.parametrize(
+    ("make", "missing"),
+    [
+        (tiny.beam, {"hook_attn_out", "hook_mlp_out"}),
+        (tiny.esmc, {"hook_attn_out", "hook_mlp_out"}),
+        (tiny.gpt_neox_japanese, {"hook_attn_out"}),
+    ],
+)
+def test_what_is_scaled_outside_of_modules_is_not_listed(make, missing):
+    """Of what is listed the sums hold: here the stream's parts alone, and what a whole MLP adds."""
+    model = make()
+    names = [name for name in hook_points(model) if name.startswith("blocks.1.") and "mlp.hook" not in name]
+    assert missing.isdisjoint(name.removeprefix("blocks.1.") for name in names)
+    with capture(model, names) as cache, torch.no_grad():
+        model(input_ids=tiny.tokens())
+    row = {name.removeprefix("blocks.1."): rows for name, rows in cache.items()}
+    assert torch.equal(row["hook_mlp_in"], row["hook_resid_mid"])
+    if "hook_mlp_out" in row:
+        torch.testing.assert_close(row["hook_resid_post"], row["hook_resid_mid"] + row["hook_mlp_out"])
+
+
+def test_feed_forwards_beside_attentions_are_no_blocks():
+    """XLM adds and normalises around them: what they read and give is not the stream."""
+    assert list(hook_points(tiny.xlm())) == ["blocks.0.mlp.hook_post", "blocks.1.mlp.hook_post"]
+
+
+def test_a_routers_own_mlp_is_no_neurons():
+    with pytest.raises(ValueError, match="experts"):
+        resolve_hooks(tiny.zaya(), "blocks.1.mlp.hook_post")
+
+
 def _post_norm(model, name, i):
     return model.encoder.layer[i].output.LayerNorm if name == "bert" else model.model.decoder.layers[i].final_layer_norm
 

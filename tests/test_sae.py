@@ -79,7 +79,15 @@ def test_metrics(activation, batch_size):
 
 
 def test_metrics_of_equal_tokens():
-    assert math.isnan(make().metrics(torch.ones(3, D_IN)).fvu)
+    for x in (torch.ones(3, D_IN), torch.full((7, D_IN), 0.1, dtype=torch.float64)):
+        assert math.isnan(make().metrics(x).fvu)
+
+
+def test_the_default_device_is_not_asked():
+    sae, x = make(), torch.ones(3, D_IN)
+    expected = sae.metrics(x).fvu
+    with torch.device("meta"):
+        assert sae.metrics(x).fvu == pytest.approx(expected, nan_ok=True)
 
 
 def test_metrics_refuse():

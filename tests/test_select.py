@@ -111,6 +111,16 @@ def test_min_abs_per_feature(dtype):
     torch.testing.assert_close(enc.sq_norm, norms(x), equal_nan=True)
 
 
+def test_min_abs_of_integers_is_exact():
+    """259 would be 260 in bfloat16."""
+    for dtype, theta in ((torch.bfloat16, 259), (torch.float16, 2051), (torch.float32, 2**24 + 3)):
+        x = torch.tensor([[theta + 1.0, theta - 1.0]], dtype=torch.float64).to(dtype)
+        assert (
+            x.tolist() == [[theta + 1, x[0, 1].item()]]
+            and pyfacts.min_abs(torch.tensor([theta] * 2)).encode(x).nnz == 1
+        )
+
+
 def test_min_abs_of_one_number():
     x = matrix(torch.float32)[6:]
     for theta in (0.5, torch.tensor(0.5)):

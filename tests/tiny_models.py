@@ -62,6 +62,29 @@ def _build(config_class: str, model_class: str, config: dict) -> nn.Module:
     return model
 
 
+def beam() -> nn.Module:
+    return _build("BeamConfig", "BeamForCausalLM", _LLAMA)
+
+
+def esmc() -> nn.Module:
+    return _build("EsmcConfig", "EsmcModel", {key: _LLAMA[key] for key in list(_LLAMA)[:5]})
+
+
+def gpt_neox_japanese() -> nn.Module:
+    config = {"hidden_size": D_MODEL, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
+    config |= {"vocab_size": VOCAB, "intermediate_multiple_size": 2}
+    return _build("GPTNeoXJapaneseConfig", "GPTNeoXJapaneseForCausalLM", config)
+
+
+def xlm() -> nn.Module:
+    config = {"vocab_size": VOCAB, "emb_dim": D_MODEL, "n_layers": LAYERS, "n_heads": HEADS}
+    return _build("XLMConfig", "XLMModel", config)
+
+
+def zaya() -> nn.Module:
+    return _build("ZayaConfig", "ZayaForCausalLM", _LLAMA)
+
+
 def gpt2(**changes) -> nn.Module:
     config = {
         "vocab_size": VOCAB,

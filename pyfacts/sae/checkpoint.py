@@ -104,7 +104,7 @@ class Tensors:
         """Takes a matrix of that shape in the file, into memory of its own, row by row (transposed first)."""
         matrix = self._take(name, shape, floating=True)
         matrix = matrix.T if transpose else matrix
-        return torch.empty(matrix.shape, dtype=dtype).copy_(matrix)
+        return torch.empty(matrix.shape, dtype=dtype, device=matrix.device).copy_(matrix)
 
     def vector(self, name: str, n: int) -> Tensor:
         """Takes a vector [n] as float64."""

@@ -99,7 +99,7 @@ def _topk(tensors: Tensors, dtype: torch.dtype | None, trainer: Config) -> SAE:
 def _batch_topk(tensors: Tensors, dtype: torch.dtype | None, trainer: Config) -> SAE:
     d_sae = tensors.matrix_shape("encoder.weight")[0]
     _k(tensors, trainer, d_sae)
-    threshold = torch.full((d_sae,), tensors.number("threshold"), dtype=torch.float64)
+    threshold = torch.full((d_sae,), tensors.number("threshold"), dtype=torch.float64, device="cpu")
     return folded(*_centred_linear(tensors, dtype), activation="jumprelu", threshold=threshold)
 
 
@@ -109,7 +109,7 @@ def _matryoshka(tensors: Tensors, dtype: torch.dtype | None, trainer: Config) ->
     group_sizes = tensors.integers("group_sizes")
     if min(group_sizes, default=0) < 1 or sum(group_sizes) != d_sae:
         raise tensors.error("group_sizes", f"must be positive and add up to {d_sae}, got {group_sizes}")
-    threshold = torch.full((d_sae,), tensors.number("threshold"), dtype=torch.float64)
+    threshold = torch.full((d_sae,), tensors.number("threshold"), dtype=torch.float64, device="cpu")
     weight, b_enc, W_dec, b_dec = _matrices(tensors, dtype)
     b_enc = b_enc - project(weight, b_dec)
     return folded(weight, b_enc, W_dec, b_dec, activation="jumprelu", threshold=threshold)

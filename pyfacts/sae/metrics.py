@@ -44,7 +44,8 @@ def measure(sae: "SAE", x: Tensor, batch_size: int) -> SAEMetrics:
     if len(x) == 0:
         raise ValueError(f"metrics need at least one token, got x of shape {tuple(x.shape)}")
     batches = x.split(at_least_one("batch_size", batch_size))
-    mean = sum((batch.sum(dim=0, dtype=torch.float64) for batch in batches), torch.zeros(())) / len(x)
+    shift = x[0].double()  # near the mean, and exactly it if all tokens are equal
+    mean = shift + torch.stack([(batch.double() - shift).sum(dim=0) for batch in batches]).sum(dim=0) / len(x)
     nnz, error, variance = 0, 0.0, 0.0
     fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=x.device)
     for batch in batches:

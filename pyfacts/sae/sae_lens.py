@@ -154,7 +154,7 @@ def _dtype(config: Config, tensors: Tensors) -> torch.dtype:
 
 def _threshold(architecture: str, tensors: Tensors, d_sae: int) -> Tensor | None:
     if architecture in BATCH_TOPK:
-        return torch.full((d_sae,), tensors.number("topk_threshold"), dtype=torch.float64)
+        return torch.full((d_sae,), tensors.number("topk_threshold"), dtype=torch.float64, device="cpu")
     if architecture != "jumprelu":
         return None
     if "log_threshold" in tensors:  # training checkpoints of older versions
