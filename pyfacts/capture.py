@@ -149,8 +149,8 @@ class ActivationCache(Mapping[str, Activations]):
 
         Sequences are numbered on from forward to forward, in the order of the batch. Positions count the columns of the
         batch, padding included, from 0, or from the length of the key-value cache that the forward was given; such a
-        forward that continues the one before it (`generate`) belongs to the same sequences: to the same rows of the
-        batch, between which a beam search moves its beams.
+        forward that continues another (`generate`) belongs to the same sequences: to the same rows of the batch,
+        between which a beam search moves its beams.
 
         Raises:
             ValueError: the hooks saw different tokens (an encoder's and a decoder's); use `positions_of`.

@@ -19,10 +19,10 @@ from .lens import is_lens
 
 @dataclass(frozen=True, eq=False)
 class Watcher:
-    """What to call: `begin(module, positional arguments, arguments by name)`, then `end(module)` or `fail(module)`."""
+    """What to call: `begin(module, arguments, arguments by name)`, then `end(module, output)` or `fail(module)`."""
 
     begin: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
-    end: Callable[[nn.Module], None]
+    end: Callable[[nn.Module, Any], None]
     fail: Callable[[nn.Module], None]
 
 
@@ -56,7 +56,10 @@ def _hook(module: nn.Module, watcher: Watcher) -> Callable[[], None]:
     def after(called: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if called is module:
             failed = output is None and sys.exc_info()[1] is not raised_before
-            (watcher.fail if failed else watcher.end)(module)
+            if failed:
+                watcher.fail(module)
+            else:
+                watcher.end(module, output)
 
     handles = [
         module.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
@@ -119,7 +122,7 @@ def _watched_forward(module: nn.Module, own: Any, watchers: _Watchers, /, *args:
             watcher.fail(module)
         raise
     for watcher in watching:
-        watcher.end(module)
+        watcher.end(module, output)
     return output
 
 

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import sys
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ from .forwards import Watcher, signature, watch
 from .hook_point import HookPoint
 from .models import unwrap
 from .select import Select
-from .tokens import End, Forward, Taken, TokenMask, Tokens, past_length
+from .tokens import Ends, Forward, Taken, TokenMask, Tokens, cache_of, past_length, stays
 from .warn import warn
 from .wording import some
 
@@ -84,7 +85,7 @@ class ActivationStream:
         self.on_forward = on_forward
         self.stop_early = stop_early
         self._forward: Forward | None = None
-        self._ends: dict[str, End] = {}
+        self._ends: defaultdict[str, Ends] = defaultdict(Ends)
         self._open = False
         self._running: int | None = None  # the thread that is inside of `run`
         self._to_the_end = False
@@ -191,15 +192,19 @@ class ActivationStream:
             tokens = forward.tokens.setdefault(stream, Tokens())
             tokens.learn(bound, prefix, args, outermost=forward.owner is module)
             if stream != "encoder":
-                caches = (bound.get(name) for name in ("past_key_values", "cache"))  # transformers 5.24 renamed it
-                tokens.past = tokens.past or max(map(past_length, caches))
+                cache = cache_of(bound)
+                tokens.past = tokens.past or past_length(cache)
+                tokens.cache = cache if tokens.cache is None and stays(cache) else tokens.cache
 
-    def _end(self, module: nn.Module) -> None:
+    def _end(self, module: nn.Module, output: Any) -> None:
         forward = self._forward
         if forward is None or self._looks_away():
             return
         if forward.owner is module:
             self._forward = None
+            if stays(cache := cache_of(output)):
+                for tokens in forward.tokens.values():
+                    tokens.cache_left = cache
             self._deliver(forward)
             return
         forward.depth -= 1
@@ -227,7 +232,7 @@ class ActivationStream:
         positions = {}
         for stream in {taken.stream for taken in forward.taken.values()}:
             tokens = forward.tokens[stream]
-            positions[stream] = tokens.positions(self._ends.setdefault(stream, End()))
+            positions[stream] = tokens.positions(self._ends[stream])
         if self.on_forward is not None:
             self.on_forward(parts, positions)
 

@@ -7,7 +7,9 @@ or chunks of either, and gives rows [n_wanted, width] in the order of (sequence,
 
 from __future__ import annotations
 
+import functools
 import itertools
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,13 +72,46 @@ class Taken:
         )
 
 
-@dataclass
+@dataclass(frozen=True)
 class End:
-    """Where the last forward ended: the first of its sequences, how many, and the position after its last."""
+    """Where a forward ended: the first of its sequences, how many, the position after its last, and its cache."""
 
-    first: int = 0
-    batch: int = 0
-    position: int = 0
+    first: int
+    batch: int
+    position: int
+    cache: Callable[[], Any]  # a weak reference; gives None where it is gone, or the forward did not tell
+
+
+class Ends:
+    """Where the forwards of a stream have ended: the last one, and the last of each key-value cache that is alive."""
+
+    def __init__(self) -> None:
+        self._n_sequences = 0
+        self._ends: list[End] = []
+
+    def first_sequence(self, tokens: Tokens) -> int:
+        """Notes a forward. Returns the number of its first sequence, which may be that of one that it continues."""
+        before = self._before(tokens)
+        if before is not None and (before.batch, before.position) == (tokens.batch, tokens.past):
+            first = before.first
+        else:
+            first = self._n_sequences
+            self._n_sequences += tokens.batch
+        left = tokens.cache if tokens.cache_left is None else tokens.cache_left
+        self._ends = [end for end in self._ends if (cache := end.cache()) is not None and cache is not left]
+        reference = (lambda: None) if left is None else weakref.ref(left)
+        self._ends.append(End(first, tokens.batch, tokens.past + tokens.length, reference))
+        return first
+
+    def _before(self, tokens: Tokens) -> End | None:
+        """The forward that has left the cache that this one was given: its own, else perhaps the last one."""
+        if not tokens.past or not self._ends:
+            return None
+        last = self._ends[-1]
+        if tokens.cache is None:
+            return last
+        known = (end for end in self._ends if end.cache() is tokens.cache)
+        return next(known, last if last.cache() is None else None)
 
 
 @dataclass
@@ -88,6 +123,8 @@ class Tokens:
     ids: Tensor | None = None
     attention_mask: Tensor | None = None
     past: int = 0
+    cache: Any = None  # what holds the keys and values, if it is an object that stays from forward to forward
+    cache_left: Any = None  # the same at the end
     mask: Tensor | None = None  # bool [batch, length] of the tokens wanted; None for all
     settled: bool = False
     _indices: dict[torch.device, Tensor] = field(default_factory=dict)
@@ -201,21 +238,17 @@ class Tokens:
             wanted = wanted.flatten()[start : taken.seen]
         return rows.index_select(0, wanted.flatten().nonzero().squeeze(1).to(rows.device)), False
 
-    def positions(self, end: End) -> Tensor:
-        """(sequence, position) int64 [n, 2] of the wanted tokens; `end` says where the last forward was, and is moved.
+    def positions(self, ends: Ends) -> Tensor:
+        """(sequence, position) int64 [n, 2] of the wanted tokens.
 
-        A forward that continues the last one from its cache (`generate`) belongs to the same sequences.
+        A forward that continues another from its cache (`generate`) belongs to the same sequences.
         """
-        first = end.first if self._continues(end) else end.first + end.batch
-        end.first, end.batch, end.position = first, self.batch, self.past + self.length
+        first = ends.first_sequence(self)
         grid = self._all() if self.mask is None else self.mask.cpu()
         return grid.nonzero() + torch.tensor([first, self.past], device="cpu")
 
     def _all(self) -> Tensor:
         return torch.ones(self.batch, self.length, dtype=torch.bool, device="cpu")
-
-    def _continues(self, end: End) -> bool:
-        return self.past > 0 and end.batch == self.batch and end.position == self.past
 
 
 def join(parts: Sequence[Activations]) -> Activations:
@@ -227,6 +260,17 @@ def join(parts: Sequence[Activations]) -> Activations:
             )
         return parts[0] if len(parts) == 1 else torch.cat(parts)  # type: ignore[arg-type]
     return cat(parts)  # type: ignore[arg-type]
+
+
+def cache_of(values: Any) -> Any:
+    """The key-value cache among a forward's arguments or in what it returns; transformers 5.24 renamed it."""
+    get = values.get if isinstance(values, Mapping) else functools.partial(getattr, values)
+    return next((cache for name in ("past_key_values", "cache") if (cache := get(name, None)) is not None), None)
+
+
+def stays(cache: Any) -> bool:
+    """Whether a key-value cache is an object that stays the same from forward to forward, and no tuple of tensors."""
+    return hasattr(cache, "get_seq_length") or hasattr(cache, "entries")
 
 
 def past_length(cache: Any) -> int:

@@ -160,6 +160,25 @@ def test_a_cache_from_before_the_capture(model, argument):
     assert cache.positions.tolist() == [[0, 4], [0, 5], [1, 4], [1, 5]]
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_conversations_in_turn(model, given):
+    """Each has a cache of its own, which it was given or which it returned: that tells whose turn it is."""
+    argument = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    with pyfacts.capture(model) as cache, torch.no_grad():
+        pasts = []
+        for seed in (0, 1, 2):
+            out = model(tiny.tokens(2, 4, seed), **({argument: DynamicCache()} if given else {}))
+            pasts.append(out[argument])
+        for length in (1, 2):
+            for past in (pasts[1], pasts[0]):
+                model(tiny.tokens(2, length), **{argument: past})
+        pasts[0].crop(-3)  # another continuation of the same beginning is a sequence of its own
+        model(tiny.tokens(2, 1), **{argument: pasts[0]})
+    turns = cache.positions[24:].tolist()
+    assert turns[:8] == [[2, 4], [3, 4], [0, 4], [1, 4], [2, 5], [2, 6], [3, 5], [3, 6]]
+    assert turns[8:] == [[0, 5], [0, 6], [1, 5], [1, 6], [6, 4], [7, 4]]
+
+
 class PagedAttentionCache:
     """Of transformers' continuous batching, as far as a model is handed it."""
 
