@@ -11,7 +11,7 @@ Nothing here imports transformers: the modules are recognised by names, attribut
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -58,6 +58,10 @@ class BlockSurvey:
     mlps: tuple[Mlp, ...]
     experts: tuple[str, ...]
     rows: dict[str, str]
+
+    def without_the_stream(self) -> BlockSurvey:
+        """The same with what the MLP itself reads as its only row."""
+        return replace(self, rows={name: path for name, path in self.rows.items() if name == "mlp.hook_in"})
 
 
 def survey_block(block: nn.Module) -> BlockSurvey:
@@ -143,8 +147,7 @@ def _experts(block: nn.Module) -> Iterator[str]:
 def _mlps(block: nn.Module, experts: tuple[str, ...]) -> Iterator[Mlp]:
     for path, module in block.named_modules():
         holder, _, last = path.rpartition(".")
-        elsewhere = is_attention(path) or _is_router(holder) or _within(path, experts)
-        if last in DOWN_PROJECTIONS and not elsewhere:
+        if last in DOWN_PROJECTIONS and not (is_attention(path) or _is_router(holder) or _within(path, experts)):
             width = in_width(module)
             up = _up_projection(block.get_submodule(holder), last, width)
             if width is not None and up is not None:

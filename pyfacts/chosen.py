@@ -12,9 +12,15 @@ from .scalars import in_range
 # Consecutive tokens, or int64 [n] in any order.
 Chosen: TypeAlias = range | np.ndarray
 
+FEATURES = "; neuron(j) reads a feature"
 
-def chosen_tokens(tokens: Any, n_tokens: int) -> Chosen:
-    """The tokens that an index, a slice, or a list, array or tensor of indices or bools names."""
+
+def chosen_tokens(tokens: Any, n_tokens: int, hint: str = "") -> Chosen:
+    """The tokens that an index, a slice, or a list, array or tensor of indices or bools names.
+
+    Args:
+        hint: ends the message of a TypeError.
+    """
     if isinstance(tokens, slice):
         named = range(n_tokens)[tokens]
         return range(named.start, max(named.start, named.stop)) if named.step == 1 else np.array(named, np.int64)
@@ -22,7 +28,6 @@ def chosen_tokens(tokens: Any, n_tokens: int) -> Chosen:
         try:
             token = in_range("token", tokens, n_tokens)
         except TypeError as error:
-            hint = "; neuron(j) reads a feature" if isinstance(tokens, tuple) else ""
             raise TypeError(f"{error}; a slice, or a list, array or tensor of ints or bools will do{hint}") from None
         return range(token, token + 1)
     try:

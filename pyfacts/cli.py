@@ -210,7 +210,7 @@ def info(out_directory: DumpArgument) -> None:
             sparse = (f"{hook.density:.2%}", f"{hook.density * hook.width:.1f}", f"{silent:,}", dropped)
         table.add_row(name, hook.kind, hook.dtype, f"{hook.width:,}", *sparse, human_bytes(hook.n_bytes), share)
     table.width = out.measure(table, options=out.options.update(max_width=MAX_TABLE_WIDTH)).maximum
-    out.print(table, crop=False)  # a narrow terminal breaks its lines, and names stay whole
+    out.print(table)  # a narrow terminal breaks its lines, and names stay whole
 
 
 @app.command()

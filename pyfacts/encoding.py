@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import _library, cuda, ops
-from .chosen import chosen_tokens
+from .chosen import FEATURES, chosen_tokens
 from .scalars import as_float, in_range
 from .wording import human_bytes
 
@@ -171,7 +171,7 @@ class EncodedActivations:
             OutOfRangeError: (a ValueError and an IndexError) an index is not in [-n_tokens, n_tokens).
             TypeError, ValueError: tokens are something else, or bools of another number.
         """
-        chosen = chosen_tokens(tokens, len(self))
+        chosen = chosen_tokens(tokens, len(self), FEATURES)
         if isinstance(chosen, range):
             counts, index, values, tile_ptr = ops.slice_tokens(self.planes, self.n_features, chosen.start, chosen.stop)
             sq_norm = None if self.sq_norm is None else self.sq_norm[chosen.start : chosen.stop].clone()

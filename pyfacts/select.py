@@ -76,7 +76,7 @@ class min_abs:
         theta: at least 0; a float for all features, or a 1-D tensor with one threshold per feature.
 
     Raises:
-        TypeError: theta is neither a number nor a floating-point tensor.
+        TypeError: theta is neither a number nor a tensor of real numbers.
         ValueError: theta is negative or NaN, not 1-D, or (when it is used) of another length than the features.
 
     Example:

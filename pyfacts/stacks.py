@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -16,7 +16,7 @@ from .blocks import ORDER, BlockSurvey, is_attention, out_width, survey_block
 from .hook_point import HookPoint
 from .survey import Survey, refusal
 
-OTHER_TOWERS = re.compile(r"vision|visual|image|video|audio|speech|perceiver|protein|\bmtp\b")
+OTHER_TOWERS = re.compile(r"vision|visual|image|video_tower|video_model|audio|speech|perceiver|protein|\bmtp\b")
 """Stacks whose path has one of these are not the language model's, and are left out where there is another stack."""
 
 
@@ -66,7 +66,7 @@ def _stacks(model: nn.Module) -> Iterator[_Stack]:
             if (found.mlps or found.experts) and name.isdigit():
                 blocks[int(name)] = (block_path, found)
         if _has_attentions_beside(model, path):  # XLM's feed-forwards: the stream passes around them
-            blocks = {index: (where, replace(found, rows={})) for index, (where, found) in blocks.items()}
+            blocks = {index: (where, found.without_the_stream()) for index, (where, found) in blocks.items()}
         if blocks and all(len(_plain_mlps(found)) <= 1 for _, found in blocks.values()):
             inside.append(f"{path}." if path else "")
             yield _Stack(path, blocks)

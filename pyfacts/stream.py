@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from . import _library, cuda
 from .attach import SparseAutoencoder, encode_latents
+from .blocks import out_width
 from .drain import Activations, Draining
 from .encoding import DTYPES
 from .errors import HookNeverFired
@@ -28,7 +29,7 @@ from .forwards import Watcher, signature, watch
 from .hook_point import HookPoint
 from .models import unwrap
 from .select import Select
-from .tokens import Ends, Forward, Taken, TokenMask, Tokens, cache_of, past_length, stays
+from .tokens import Ends, Forward, Taken, TokenMask, Tokens, cache_of, packs_sequences, past_length, stays
 from .warn import warn
 from .wording import some
 
@@ -52,7 +53,8 @@ class ActivationStream:
         token_mask: see `pyfacts.capture`.
         on_forward: called at the end of every forward that fired hooks, with the activations {hook name: encoding, or
             rows [n, width]} and the positions {stream: int64 [n, 2]} of their tokens.
-        stop_early: only `run` is looked at, in its own thread, and ends as soon as all hooks have their tokens.
+        stop_early: only `run` is looked at, and ends as soon as all hooks have their tokens. A model that hands over to
+            another thread is not seen.
         saes: SAEs, by the hook points of their latents, which join `points`.
     """
 
@@ -89,6 +91,8 @@ class ActivationStream:
         self._open = False
         self._running: int | None = None  # the thread that is inside of `run`
         self._to_the_end = False
+        self._complete: Forward | None = None  # that goes on to the end though all hooks have their tokens
+        self._refusal: Exception | None = None
         self._exit = contextlib.ExitStack()
 
     # ---- entering and leaving ----------------------------------------------------------------------------------------
@@ -107,6 +111,9 @@ class ActivationStream:
                 exit_stack.callback(watch(root.get_submodule(path), watcher))
             for point in self.points:
                 exit_stack.callback(add_hook(root.get_submodule(point.module_path), point.side, self._taker(point)))
+            if self.stop_early:
+                for head in heads(root):
+                    exit_stack.callback(head.register_forward_pre_hook(self._at_head).remove)
             self._exit = exit_stack.pop_all()
         self._open = True
         return self
@@ -117,6 +124,8 @@ class ActivationStream:
         forward, self._forward = self._forward, None
         if forward is not None and exc_type is None and forward.owner is None:
             self._deliver(forward)
+        if self._refusal is not None and exc_type is None:  # raised where somebody has caught it
+            raise self._refusal
 
     def run(self, token_mask: TokenMask, /, *args: Any, **inputs: Any) -> dict[str, Activations]:
         """Runs the model once, without gradients, and returns the activations of the tokens that the mask names.
@@ -144,16 +153,24 @@ class ActivationStream:
                 self._deliver(self._forward)
         except _Stop as stop:
             self._deliver(stop.forward)
+        except Exception:
+            if self._complete is None:
+                raise
+            if self._refusal is None:  # nobody asked for what fails behind the hooks: a decoder without its tokens
+                self._deliver(self._complete)
         finally:
-            self._forward = self._running = None
+            refusal = self._refusal
+            self._forward = self._running = self._complete = self._refusal = None
             self.on_forward, self.token_mask = on_forward, kept_mask
+        if refusal is not None:  # also if the model has caught it
+            raise refusal
         missing = [point.name for point in self.points if point.name not in collected]
         if missing:
             raise never_fired(missing)
         return {point.name: collected[point.name] for point in self.points}
 
     def run_to_the_end(self, token_mask: TokenMask, /, *args: Any, **inputs: Any) -> dict[str, Activations]:
-        """`run`, but goes on from the last hook to the model's head, so that a module that runs again is noticed."""
+        """`run`, but goes on from the last hook to the model's head or end, to notice a module that runs again."""
         self._to_the_end = True
         try:
             return self.run(token_mask, *args, **inputs)
@@ -186,30 +203,29 @@ class ActivationStream:
             if forward is not None and forward.owner is None:
                 self._deliver(forward)
             forward = self._forward = Forward(owner=module)
-        forward.depth += 1
         for stream in streams & {"", "encoder", "decoder"}:
             prefix = "decoder_" if stream == "decoder" and "decoder" not in path else ""
             tokens = forward.tokens.setdefault(stream, Tokens())
             tokens.learn(bound, prefix, args, outermost=forward.owner is module)
             if stream != "encoder":
                 cache = cache_of(bound)
+                if packs_sequences(cache):
+                    self._refusal = ValueError(
+                        "continuous batching packs many sequences into one row, and pyfacts cannot tell their tokens "
+                        "apart: use model.generate"
+                    )
+                    raise self._refusal
                 tokens.past = tokens.past or past_length(cache)
                 tokens.cache = cache if tokens.cache is None and stays(cache) else tokens.cache
 
     def _end(self, module: nn.Module, output: Any) -> None:
         forward = self._forward
-        if forward is None or self._looks_away():
-            return
-        if forward.owner is module:
+        if forward is not None and forward.owner is module and not self._looks_away():
             self._forward = None
             if stays(cache := cache_of(output)):
                 for tokens in forward.tokens.values():
                     tokens.cache_left = cache
             self._deliver(forward)
-            return
-        forward.depth -= 1
-        if forward.depth == 1:  # only the head of the owner follows
-            self._stop_if_complete(forward)
 
     def _fail(self, module: nn.Module) -> None:
         """A forward that raised leaves nothing behind."""
@@ -220,9 +236,9 @@ class ActivationStream:
         """Whether this is no forward to capture: one that a backward pass computes again, or somebody else's."""
         return not self._open or _recomputing() or (self.stop_early and self._running != threading.get_ident())
 
-    def _stop_if_complete(self, forward: Forward | None) -> None:
-        if self.stop_early and forward is not None and forward.complete(self.points):
-            raise _Stop(forward)
+    def _at_head(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self._complete is not None and not self._looks_away():
+            raise _Stop(self._complete)
 
     def _deliver(self, forward: Forward) -> None:
         if not forward.taken:
@@ -242,10 +258,17 @@ class ActivationStream:
         def take(value: Any) -> None:
             if self._looks_away():
                 return
-            with torch.inference_mode(False), torch.no_grad():
-                self._take(point, value)
-            if not self._to_the_end:
-                self._stop_if_complete(self._forward)
+            try:
+                with torch.inference_mode(False), torch.no_grad():
+                    self._take(point, value)
+            except Exception as error:
+                self._refusal = error if self.stop_early else None
+                raise
+            forward = self._forward
+            if self.stop_early and forward is not None and forward.complete(self.points):
+                self._complete = forward
+                if not self._to_the_end:
+                    raise _Stop(forward)
 
         return take
 
@@ -278,8 +301,8 @@ class ActivationStream:
         parameters = signature(unwrap(self.model).forward)
         if self.token_mask is None and parameters is not None and "attention_mask" in parameters.parameters:
             warn(
-                "model.forward(...) was called past the model's hooks, so that no attention mask is seen, and padding "
-                "is captured too: call model(...), or give token_mask"
+                "the model's blocks ran past its own __call__ (model.forward(...), or a block by itself), so that no "
+                "attention mask is seen, and padding is captured too: call model(...), or give token_mask"
             )
 
     def _sae_on(self, point: HookPoint, device: torch.device) -> SparseAutoencoder:
@@ -312,6 +335,19 @@ def within_reach(x: Tensor) -> Tensor:
     build = f" (on NVIDIA GPUs it packs, if it is built for them: {_library.BUILD_CUDA})" if x.is_cuda else ""
     warn(f"pyfacts has no kernels for {x.device}: activations travel dense to the CPU and are packed there{build}")
     return x.cpu()
+
+
+def heads(model: nn.Module) -> list[nn.Module]:
+    """The modules that write a number for each token of the vocabulary."""
+    modules = list(model.modules())
+    found = []
+    for module in modules:  # a wrapper may be around a model that knows its own
+        with contextlib.suppress(AttributeError, NotImplementedError):
+            found.append(module.get_output_embeddings())  # type: ignore[operator]
+    if not found:
+        vocabulary = max((module.num_embeddings for module in modules if isinstance(module, nn.Embedding)), default=0)
+        found = [m for m in modules if not isinstance(m, nn.Embedding) and out_width(m) == vocabulary]
+    return [module for module in dict.fromkeys(found) if isinstance(module, nn.Module)]
 
 
 def has_kernels(device: torch.device) -> bool:
@@ -392,7 +428,7 @@ def never_fired(names: Sequence[str]) -> HookNeverFired:
     return HookNeverFired(
         f"{len(names)} of the requested hooks never fired: {some(names)}. "
         "Either no forward pass ran, or it did not reach their modules (a branch that is switched off, a module that "
-        "is bypassed by a fused or compiled path, or a copy of the model that was run instead)."
+        "is bypassed by a fused or compiled path, a copy of the model that ran instead, or, in a dump, another thread)."
     )
 
 

@@ -26,13 +26,9 @@ TokenMask = Tensor | Mapping[str, Tensor] | Callable[[Tensor], Tensor] | None
 
 @dataclass
 class Forward:
-    """One forward pass: whose it is (None if nothing around the blocks was called), its tokens, what was taken.
-
-    `depth` counts the modules around the blocks that have begun and not ended.
-    """
+    """One forward pass: whose it is (None if nothing around the blocks was called), its tokens, what was taken."""
 
     owner: nn.Module | None
-    depth: int = 0
     tokens: dict[str, Tokens] = field(default_factory=dict)
     taken: dict[str, Taken] = field(default_factory=dict)
     drain: Drain = field(default_factory=Drain)
@@ -273,17 +269,13 @@ def stays(cache: Any) -> bool:
     return hasattr(cache, "get_seq_length") or hasattr(cache, "entries")
 
 
-def past_length(cache: Any) -> int:
-    """How many tokens a key-value cache holds already; 0 of anything else.
+def packs_sequences(cache: Any) -> bool:
+    """Whether a cache is that of continuous batching, whose rows hold many sequences."""
+    return type(cache).__name__ == "PagedAttentionCache"
 
-    Raises:
-        ValueError: the cache is continuous batching's, which packs the tokens of many sequences into one row.
-    """
-    if type(cache).__name__ == "PagedAttentionCache":
-        raise ValueError(
-            "continuous batching packs many sequences into one row, and pyfacts cannot tell their tokens apart: use "
-            "model.generate"
-        )
+
+def past_length(cache: Any) -> int:
+    """How many tokens a key-value cache holds already; 0 of anything else."""
     if hasattr(cache, "get_seq_length"):
         return int(cache.get_seq_length())
     entries = getattr(cache, "entries", None)  # TransformerLens'

@@ -1,5 +1,6 @@
 """Which tokens are captured, in which order, at which positions: masks, caches, chunks, two stacks, early stops."""
 
+import contextlib
 import inspect
 import warnings
 
@@ -194,6 +195,13 @@ def test_continuous_batching_is_refused():
         pyfacts.capture(model, "fc2"),
     ):
         model(torch.randn(1, 3, 6), cache=PagedAttentionCache())
+    with (
+        pytest.raises(ValueError, match="continuous batching packs many sequences into one row"),
+        pyfacts.capture(model, "fc2"),
+    ):
+        model(torch.randn(1, 3, 6))
+        with contextlib.suppress(ValueError):  # as the thread does that runs it
+            model(torch.randn(1, 3, 6), cache=PagedAttentionCache())
 
 
 def test_forward_past_the_hooks_is_said_to_see_no_mask():

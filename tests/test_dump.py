@@ -1,5 +1,6 @@
 """Dumps against plain PyTorch hooks: what goes in comes out, by token, by neuron, by value, shuffled."""
 
+import contextlib
 import json
 import math
 import os
@@ -446,44 +447,91 @@ class TestHuggingFace:
         model, heads = TinyModel(), []
         model.head.register_forward_hook(lambda *_: heads.append(1))
         dump(model, ids[:24], tmp_path, names_filter=HOOKS)
-        assert model.forwards == 3 and len(heads) == 1  # the first is looked at whole
+        assert model.forwards == 3 and not heads
 
     def test_a_module_that_runs_again_after_the_last_hook(self, ids, tmp_path):
-        """Its second run is what the other name means, and would never be reached."""
+        """By another name or in a loop; and if the model catches what is said of it."""
 
-        class Tied(nn.Module):
-            def __init__(self):
+        class Looped(nn.Module):
+            def __init__(self, tied, times):
                 super().__init__()
-                self.inner = TinyModel()
-                self.inner.layers[1] = self.inner.layers[0]
+                tiny = TinyModel()
+                self.embed, self.times = tiny.embed, times
+                self.core = nn.Sequential(*(tiny.layers[0], tiny.layers[0 if tied else 1]))
 
             def forward(self, ids):
-                return self.inner(ids)
+                x = self.embed(ids)
+                with contextlib.suppress(ValueError):
+                    for _ in range(self.times):
+                        x = self.core(x)
 
-        for names in (["inner.layers.1.down"], ["inner.layers.0.down", "inner.layers.1.down"]):
+        for model, names in (
+            (Looped(tied=True, times=1), ["core.1.down"]),
+            (Looped(tied=True, times=1), ["core.0.down", "core.1.down"]),
+            (Looped(tied=False, times=2), ["core.1.down"]),
+        ):
             with pytest.raises(ValueError, match="its module runs more than once"):
-                dump(Tied(), ids[:24], tmp_path, names_filter=names)
+                dump(model, ids[:24], tmp_path, names_filter=names)
         assert not list(tmp_path.iterdir())
 
+    @pytest.mark.parametrize("kind", ["M2M100", "Marian", "Pegasus"])
+    def test_an_encoder_whose_decoder_cannot_run(self, kind, tmp_path):
+        """What fails behind the last hook does not matter."""
+        import transformers
+
+        sizes = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+        config = getattr(transformers, f"{kind}Config")(
+            vocab_size=64, encoder_attention_heads=2, decoder_attention_heads=2, pad_token_id=1, **sizes
+        )
+        name = "MarianMTModel" if kind == "Marian" else f"{kind}ForConditionalGeneration"
+        model, hook = getattr(transformers, name)(config), "encoder_blocks.1.mlp.hook_post"
+        d = dump(model, tokens(16), tmp_path, hook, allow_dense=True)
+        path = d[hook].module_path
+        expected = hooked(
+            model.model.encoder, [path.removeprefix("model.encoder.")], [(b,) for b in tokens(16).split(8)]
+        )
+        assert torch.equal(d[hook][:].to_dense(), *expected.values())
+
+    def test_later_layers_that_were_not_loaded(self, ids, tmp_path):
+        model = TinyModel()
+        model.layers[1].to("meta")
+        d = dump(model, ids[:24], tmp_path, names_filter=HOOKS[0])
+        assert d[HOOKS[0]].nnz > 0
+
     def test_the_head_of_a_model_is_not_run(self, tmp_path):
+        """Nor that of one in a wrapper: logits are large."""
         from tiny_models import opt
 
-        model, heads = opt(), []
-        model.lm_head.register_forward_hook(lambda *_: heads.append(1))
-        dump(model, tokens(8) % 40, tmp_path, "blocks.0.mlp.hook_post", allow_dense=True)
+        class Wrapper(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.wrapped = opt(vocab_size=64)
+
+            def forward(self, input_ids):
+                return self.wrapped(input_ids=input_ids)
+
+        heads = []
+        for model, hook in (
+            (opt(vocab_size=64), "blocks.0.mlp.hook_post"),
+            (Wrapper(), "wrapped.model.decoder.layers.0.fc2"),
+        ):
+            getattr(model, "wrapped", model).lm_head.register_forward_hook(lambda *_: heads.append(1))
+            dump(model, tokens(8), tmp_path / hook, hook, allow_dense=True)
         assert not heads
 
     def test_forwards_of_others_are_not_looked_at(self, model, ids, tmp_path):
         """Of another thread, or between two of the dump's own."""
         clean = dump(model, ids[:80], tmp_path / "clean", names_filter=HOOKS)
 
-        def progress(now):
-            assert model(ids[:1]).shape[-1] == 64
-            thread = threading.Thread(target=model, args=(ids[80:90],))
-            thread.start()
-            thread.join()
+        def run_elsewhere(*_):
+            if threading.current_thread() is threading.main_thread():
+                thread = threading.Thread(target=model, args=(ids[80:90],))
+                thread.start()
+                thread.join()
 
-        dump(model, ids[:80], tmp_path / "busy", names_filter=HOOKS, progress=progress)
+        handle = model.embed.register_forward_hook(run_elsewhere)
+        dump(model, ids[:80], tmp_path / "busy", names_filter=HOOKS, progress=lambda now: model(ids[:1]))
+        handle.remove()
         assert committed_bytes(tmp_path / "busy") == committed_bytes(clean.path)
 
 

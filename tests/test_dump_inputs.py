@@ -207,9 +207,9 @@ class TestMasks:
             (torch.ones(5, CONTEXT), "shaped like tokens"),
             (torch.zeros(4, CONTEXT), "no token to capture"),
             (lambda ids: ids[:-1] > 0, "one bool per token"),
-            (lambda ids: np.arange(len(ids)), "must hold bools, got int64"),
-            (lambda ids: ["x"] * len(ids), "must hold bools, got <U1"),
-            (torch.full((4, CONTEXT), torch.nan), "must hold bools, got float32"),
+            (lambda ids: np.arange(len(ids)), "must hold bools, or zeros and ones, got int64"),
+            (lambda ids: ["x"] * len(ids), "must hold bools, or zeros and ones, got <U1"),
+            (torch.full((4, CONTEXT), torch.nan), "must hold bools, or zeros and ones, got float32"),
         ],
     )
     def test_bad_masks(self, mask, message, tmp_path):
@@ -344,11 +344,15 @@ class TestBadInput:
         assert d.contexts(HOOKS[0], int(d[HOOKS[0]].feature_stats().nnz.argmax()))
 
     def test_more_tokens_than_a_shard_can_have(self, monkeypatch, tmp_path):
-        n = layout.MAX_SHARD_TOKENS
-        hook = HookSpec("x" * 200, "", "input", 1, "neurons", "float32")
-        tensors = layout.hook_file(hook, [None] * layout.max_blocks(n), "none", lossy=True)
-        metadata = layout.metadata(hook, [n] * layout.max_blocks(n), "none", True, n)
-        assert header_room(((t.name, t.dtype, len(t.shape)) for t in tensors), metadata) < MAX_HEADER_BYTES
+        hook, n = HookSpec("x" * 200, "", "input", 1, "neurons", "float32"), layout.MAX_SHARD_TOKENS
+
+        def room(n_blocks):
+            tensors = layout.hook_file(hook, [None] * n_blocks, "none", lossy=True)
+            metadata = layout.metadata(hook, [n] * n_blocks, "none", True, n)
+            return header_room(((t.name, t.dtype, len(t.shape)) for t in tensors), metadata)
+
+        each, digits = (room(1100) - room(1000)) / 100, 13  # of a block, with four digits in each tensor's name
+        assert room(0) + layout.max_blocks(n) * (each + digits) < MAX_HEADER_BYTES
         monkeypatch.setattr(layout, "MAX_SHARD_TOKENS", 100)
         with pytest.raises(ValueError, match="a shard would have 640 tokens, and can have 100: give a smaller"):
             dump(TinyModel(), tokens(40), tmp_path / "out", HOOKS)

@@ -127,7 +127,9 @@ def test_what_is_scaled_outside_of_modules_is_not_listed(make, missing):
 
 def test_feed_forwards_beside_attentions_are_no_blocks():
     """XLM adds and normalises around them: what they read and give is not the stream."""
-    assert list(hook_points(tiny.xlm())) == ["blocks.0.mlp.hook_post", "blocks.1.mlp.hook_post"]
+    assert list(hook_points(tiny.xlm())) == [
+        f"blocks.{i}.mlp.{name}" for i in (0, 1) for name in ("hook_in", "hook_post")
+    ]
 
 
 def test_a_routers_own_mlp_is_no_neurons():

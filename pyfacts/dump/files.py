@@ -37,7 +37,7 @@ def fsync_directory(directory: Path) -> None:
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Writes a new file and its bytes to the disk; OSError, and nothing is left, if the disk refuses."""
+    """Writes a new file and its bytes to the disk; OSError if it exists, or the disk refuses (nothing is left)."""
     with open(path, "xb") as file:
         try:
             file.write(data)

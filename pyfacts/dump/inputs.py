@@ -266,8 +266,10 @@ def _flat_mask(token_mask: Any, lengths: np.ndarray) -> np.ndarray | None:
 
 def _bools(mask: np.ndarray) -> np.ndarray:
     """A mask of bools, or of zeros and ones, as attention masks are."""
-    if mask.dtype != np.bool_ and (mask.dtype.kind not in "iuf" or not np.isin(mask, (0, 1)).all()):
-        raise TypeError(f"token_mask must hold bools, got {mask.dtype}: {mask!r:.80}")
+    if mask.dtype == np.object_:  # pandas'
+        mask = np.array(mask.tolist())
+    if mask.dtype != np.bool_ and (mask.dtype.kind not in "iuf" or not ((mask == 0) | (mask == 1)).all()):
+        raise TypeError(f"token_mask must hold bools, or zeros and ones, got {mask.dtype}: {mask.tolist()!r:.80}")
     return mask.astype(np.bool_, copy=False)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from .. import _storage
-from ..chosen import Chosen, chosen_tokens, cut, in_order
+from ..chosen import FEATURES, Chosen, chosen_tokens, cut, in_order
 from ..errors import UnknownHookError
 from ..scalars import at_least_one, in_range
 from ..wording import similar
@@ -361,7 +361,7 @@ class DumpedHook:
             OutOfRangeError: (a ValueError and an IndexError) an index is not in [-n_tokens, n_tokens).
             TypeError, ValueError: tokens are something else, or bools of another number.
         """
-        ascending, places = in_order(chosen_tokens(tokens, len(self)))
+        ascending, places = in_order(chosen_tokens(tokens, len(self), FEATURES))
         framework = self._dump.framework
         parts: list[Any] = []
         norms = [np.empty(0)]

@@ -251,12 +251,11 @@ def open_store(path: str | os.PathLike[str]) -> Store:
     address = os.fspath(path)
     if not address:
         raise ValueError("the dump's directory or address is empty; '.' is the current directory")
-    if isinstance(path, Path) and re.match("[a-z0-9+]{2,}:/[^/]", address):
+    if isinstance(path, Path) and re.match("(s3a?|gc?s|az|abfss?|adl|hdfs|memory|https?):/[^/]", address):
         raise ValueError(f"{address} was an address before pathlib took one of its slashes: give it as a str")
     if "://" not in address or address.startswith("file:///"):
-        return Directory(
-            Path(address.removeprefix("file://")).absolute()
-        )  # whatever directory is the current one later
+        # Absolute, for the current directory may become another.
+        return Directory(Path(address.removeprefix("file://")).absolute())
     from .bucket import Bucket
 
     return Bucket(address)

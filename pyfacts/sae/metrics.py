@@ -45,7 +45,10 @@ def measure(sae: "SAE", x: Tensor, batch_size: int) -> SAEMetrics:
         raise ValueError(f"metrics need at least one token, got x of shape {tuple(x.shape)}")
     batches = x.split(at_least_one("batch_size", batch_size))
     shift = x[0].double()  # near the mean, and exactly it if all tokens are equal
-    mean = shift + torch.stack([(batch.double() - shift).sum(dim=0) for batch in batches]).sum(dim=0) / len(x)
+    total = torch.zeros_like(shift)
+    for batch in batches:
+        total += (batch.double() - shift).sum(dim=0)
+    mean = shift + total / len(x)
     nnz, error, variance = 0, 0.0, 0.0
     fired = torch.zeros(sae.d_sae, dtype=torch.bool, device=x.device)
     for batch in batches:
