@@ -262,7 +262,8 @@ class ActivationStream:
                 with torch.inference_mode(False), torch.no_grad():
                     self._take(point, value)
             except Exception as error:
-                self._refusal = error if self.stop_early else None
+                if self.stop_early:
+                    self._refusal = error
                 raise
             forward = self._forward
             if self.stop_early and forward is not None and forward.complete(self.points):
@@ -342,7 +343,7 @@ def heads(model: nn.Module) -> list[nn.Module]:
     modules = list(model.modules())
     found = []
     for module in modules:  # a wrapper may be around a model that knows its own
-        with contextlib.suppress(AttributeError, NotImplementedError):
+        with contextlib.suppress(AttributeError, NotImplementedError, TypeError):
             found.append(module.get_output_embeddings())  # type: ignore[operator]
     if not found:
         vocabulary = max((module.num_embeddings for module in modules if isinstance(module, nn.Embedding)), default=0)

@@ -162,9 +162,9 @@ def read_tokens(
         raise ValueError(f"tokens: {name} is empty; there is nothing to dump")
     if isinstance(source, Mapping) and hasattr(token_mask, "__len__"):
         token_mask = without_padding("token_mask", token_mask, source)
-    mask = None if callable(token_mask) else _flat_mask(token_mask, lengths)
-    sequences = Sequences(flat, *_cut(lengths, context_size), mask, context_size)
-    return replace(sequences, mask=_asked(token_mask, sequences, store)) if callable(token_mask) else sequences
+    sequences = Sequences(flat, *_cut(lengths, context_size), None, context_size)
+    mask = _asked(token_mask, sequences, store) if callable(token_mask) else _flat_mask(token_mask, lengths)
+    return replace(sequences, mask=mask)
 
 
 def _as_array(source: Any) -> np.ndarray | None:
@@ -269,7 +269,7 @@ def _bools(mask: np.ndarray) -> np.ndarray:
     if mask.dtype == np.object_:  # pandas'
         mask = np.array(mask.tolist())
     if mask.dtype != np.bool_ and (mask.dtype.kind not in "iuf" or not ((mask == 0) | (mask == 1)).all()):
-        raise TypeError(f"token_mask must hold bools, or zeros and ones, got {mask.dtype}: {mask.tolist()!r:.80}")
+        raise TypeError(f"token_mask must hold bools, or zeros and ones, got {mask.dtype}: {mask[:8].tolist()}")
     return mask.astype(np.bool_, copy=False)
 
 

@@ -53,7 +53,7 @@ def open_dump(path: str | os.PathLike[str], framework: str = "torch") -> "Dump":
 
 
 class Dump:
-    """A dump, opened by `open_dump`.
+    """A dump, opened by `open_dump`; threads may share it.
 
     Attributes:
         plan: dump.json as a dict.

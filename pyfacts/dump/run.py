@@ -84,8 +84,8 @@ def dump(
         batch_size: sequences of a forward pass.
         context_size: documents and streams are cut into sequences of this many tokens. For text the default is what the
             model takes, 2048 at most.
-        token_mask: which tokens to capture: bools shaped like `tokens`, or a function of one sequence's ids (NumPy,
-            int [n]) to bools [n]; such as `lambda ids: ids != bos`.
+        token_mask: which tokens to capture: bools, or zeros and ones, shaped like `tokens`; or a function of one
+            sequence's ids (NumPy, int [n]) to bools [n], such as `lambda ids: ids != bos`, which is asked once.
         shard_tokens: captured tokens of a shard, about.
         rank, world_size: this process's number and how many there are; by default those of torchrun or Slurm, or one.
         allow_dense: dump even if the neurons are mostly non-zero.
