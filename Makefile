@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 NVCC ?= $(or $(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
 SOURCES := $(shell find csrc -type f) CMakeLists.txt pyproject.toml
 
-.PHONY: setup cuda demo test test-newest test-slow lint format bench gpu-check gpu-wheels clean
+.PHONY: setup cuda demo test test-newest test-ptx test-slow lint format bench gpu-check gpu-wheels clean
 
 setup: $(VENV)/.built
 $(VENV)/.installed: pyproject.toml requirements-dev.txt requirements-sae.txt
@@ -43,6 +43,17 @@ test-newest: setup
 	$(BIN)/pip install --quiet --no-deps --upgrade --target build/newest $(NEWEST)
 	PYTHONPATH=build/newest OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto -m "not slow" tests/test_ablate.py \
 	  tests/test_capture*.py tests/test_cli.py tests/test_demo.py tests/test_dump_inputs.py tests/test_models*.py
+
+# The CUDA kernels on the CPU, from the PTX that nvcc makes of them (tests/ptx); needs nvcc, but no GPU.
+CUTLASS = $$($(BIN)/python -c "import importlib.util as u; print(u.find_spec('cutlass_library').submodule_search_locations[0])")
+test-ptx: setup
+	@test -n "$(NVCC)" || { echo "make test-ptx needs nvcc: put it on PATH, or give NVCC=/path/to/nvcc"; exit 1; }
+	@mkdir -p build
+	$(BIN)/pip install --quiet --no-deps -r requirements-cuda.txt
+	{ $(BIN)/cmake -S tests/ptx -B build/ptx -G Ninja -DCMAKE_CUDA_COMPILER=$(NVCC) \
+	    -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DCUTLASS_INCLUDE_DIR="$(CUTLASS)/source/include" && \
+	  $(BIN)/cmake --build build/ptx; } > build/ptx.log 2>&1 || { cat build/ptx.log; exit 1; }
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n auto tests/test_ptx.py
 
 test-slow: setup
 	$(BIN)/pytest -m slow

@@ -11,7 +11,8 @@
 // the tensor cores idle while it packs; 64 x 256 (ping-pong: each warpgroup has a tile of its own) packs one tile while
 // it multiplies the next, which matters the more the smaller d_in is.
 //
-// This has not run on a GPU. Known from the compiler alone: no spills, no serialised WGMMA.
+// This has not run on a GPU. Known from the compiler: no spills, no serialised WGMMA. Known from its PTX, interpreted
+// (tests/ptx): what it computes, and that its barriers fit together.
 #pragma once
 
 #include <cuda_bf16.h>
