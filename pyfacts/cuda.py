@@ -99,7 +99,7 @@ def linear_topk_encode(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, o
         return h.masked_fill_(~_largest_of_rows(h, k), 0)
 
     if not over_batch:
-        return pack(x, n_tokens, n_features, in_chunks(largest))
+        return pack(x, n_tokens, n_features, in_chunks(largest), k * n_tokens)
     at, values = _largest_of_all(relu, x, n_features, k * n_tokens)
 
     def selected(start: int, stop: int) -> Tensor:
@@ -108,7 +108,7 @@ def linear_topk_encode(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, o
         h[at[first:last] - start * n_features] = values[first:last]
         return h.view(-1, n_features)
 
-    return pack(x, n_tokens, n_features, in_chunks(selected))
+    return pack(x, n_tokens, n_features, in_chunks(selected), k * n_tokens)
 
 
 def _floor(activation: str, threshold: Tensor | None) -> Tensor | None:
@@ -144,7 +144,7 @@ def topk_encode(x: Tensor, k: int) -> Planes:
         rows = x[start:stop]
         return rows.masked_fill(~_largest_of_rows(rows.abs(), k), 0)
 
-    return pack(x, n_tokens, n_features, in_chunks(largest))
+    return pack(x, n_tokens, n_features, in_chunks(largest), k * n_tokens)
 
 
 def row_sq_norm(x: Tensor) -> Tensor:
@@ -165,10 +165,11 @@ def _largest_of_rows(h: Tensor, k: int) -> Tensor:
     """Where the k largest of each row are, the first of equals: bool, of h's shape."""
     ranks = _ranks(h)
     least = ranks.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
-    above = ranks > least
-    equal = ranks == least
+    above, equal = ranks > least, ranks == least
+    del ranks  # of all that a selection takes the most follows
     room = k - above.sum(1, keepdim=True)
-    return above | equal & (equal.cumsum(1, dtype=torch.int32) <= room)
+    equal &= equal.cumsum(1, dtype=torch.int32) <= room
+    return above.logical_or_(equal)
 
 
 def _largest_of_all(h: Callable[[int, int], Tensor], like: Tensor, n_features: int, n: int) -> tuple[Tensor, Tensor]:
@@ -217,17 +218,22 @@ def in_chunks(compute: Callable[[int, int], Tensor]) -> Fill:
     return fill
 
 
-def pack(like: Tensor, n_tokens: int, n_features: int, fill: Fill) -> Planes:
+def pack(like: Tensor, n_tokens: int, n_features: int, fill: Fill, n_values: int | None = None) -> Planes:
     """The planes of a matrix that `fill(arena, begin, end)` packs, tokens [begin, end) at a time.
 
     A small matrix is made in one piece. The pieces of a large one hold what is stored and no more, and are then joined.
+    If no more than n_values are known to be stored in all, pieces are longer, for they need less room.
     """
-    padded = -(-n_features // ops.COLUMN_WIDTH) * ops.COLUMN_WIDTH  # as the arena is
-    step = chunk_tokens(like, padded, WIDE_ARENA_BYTES if n_features >= WIDE else ARENA_BYTES)
+    n_columns = -(-n_features // ops.COLUMN_WIDTH)
+    room = WIDE_ARENA_BYTES if n_features >= WIDE else ARENA_BYTES
+    step = chunk_tokens(like, n_columns * ops.COLUMN_WIDTH, room)
+    if n_values is not None and n_values * like.itemsize <= room // 2:  # and as much for what pads each group
+        padding = max(1, n_columns * ops.UNIT_BYTES * ops.TILE_TOKENS // ops.GROUP_TOKENS)
+        step = max(step, room // 2 // padding * ops.TILE_TOKENS)
     pieces = []
     for begin in range(0, max(1, n_tokens), step):
         end = min(begin + step, n_tokens)
-        arena = ops.empty_arena(like, end - begin, n_features)
+        arena = ops.empty_arena(like, end - begin, n_features, n_values)
         fill(arena, begin, end)
         pieces.append(ops.canonicalise(arena))
         del arena  # before the next one is made, and before they are joined

@@ -24,6 +24,7 @@ _library.load()
 COLUMN_WIDTH = 256
 TILE_TOKENS = 128
 GROUP_TOKENS = 8
+UNIT_BYTES = 16
 
 Planes = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -144,15 +145,19 @@ class Arena:
         return self.counts, self.index, self.values, self.group_ptr, self.cursor
 
 
-def empty_arena(like: Tensor, n_tokens: int, n_features: int) -> Arena:
-    """Returns buffers that hold any matrix of that shape and of like's dtype, on its device."""
+def empty_arena(like: Tensor, n_tokens: int, n_features: int, n_values: int | None = None) -> Arena:
+    """Returns buffers that hold any matrix of that shape and of like's dtype, on its device; or of n_values at most."""
     n_columns = -(-n_features // COLUMN_WIDTH)
     n_groups = -(-n_tokens // GROUP_TOKENS)
     n_elements = n_columns * n_groups * GROUP_TOKENS * COLUMN_WIDTH
+    n_index, n_stored = n_elements // 8, n_elements
+    if n_values is not None:  # a value takes a byte of index at most, and each group's runs are padded
+        padding = n_columns * n_groups * UNIT_BYTES
+        n_index, n_stored = min(n_index, n_values + padding), min(n_stored, n_values + padding // like.itemsize)
     return Arena(
         like.new_empty((n_columns, n_tokens), dtype=torch.uint8),
-        like.new_empty(n_elements // 8, dtype=torch.uint8),
-        like.new_empty(n_elements),
+        like.new_empty(n_index, dtype=torch.uint8),
+        like.new_empty(n_stored),
         like.new_empty((n_columns, n_groups), dtype=torch.int64),
         like.new_zeros(1, dtype=torch.int64),
         n_features,

@@ -247,15 +247,38 @@ def test_bad_arguments_of_the_ops_are_refused(device: str) -> None:
 # ---- pieces ----------------------------------------------------------------------------------------------------------
 
 
-@on_each_device
-@pytest.mark.usefixtures("small_pieces")
-def test_a_narrow_matrix_takes_no_larger_arena(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Though the device form pads its columns."""
+@pytest.fixture
+def arenas(monkeypatch: pytest.MonkeyPatch) -> list[ops.Arena]:
+    """Those that are made."""
     made, empty_arena = [], ops.empty_arena
     monkeypatch.setattr(ops, "empty_arena", lambda *shape: made.append(empty_arena(*shape)) or made[-1])
-    x = sparse(2000, 8, 0.3, torch.bfloat16)
-    assert_same_planes(kernel(device, "topk_encode")(x.to(device), 3), ops.topk_encode(x, 3))
-    assert len(made) > 1 and all(arena.values.nbytes <= cuda.ARENA_BYTES for arena in made)
+    return made
+
+
+@on_each_device
+@pytest.mark.usefixtures("small_pieces")
+def test_a_narrow_matrix_takes_no_larger_arena(device: str, arenas: list[ops.Arena]) -> None:
+    """Though the device form pads its columns."""
+    x, weight, bias = operands((2000, 4, 8), torch.bfloat16)
+    given = [t.to(device) for t in (x, weight, bias)]
+    _, *planes = kernel(device, "linear_relu_encode")(*given, "relu", None, False)
+    assert_encodes(tuple(planes), linear(x, weight, bias).relu())
+    assert len(arenas) > 1 and all(arena.values.nbytes <= cuda.ARENA_BYTES for arena in arenas)
+
+
+@on_each_device
+@of_each_dtype
+def test_a_selection_takes_room_for_what_it_keeps(device: str, dtype: torch.dtype, arenas: list[ops.Arena]) -> None:
+    """Whatever the values are: all in one column, or one in each, so that every group is padded."""
+    together = torch.zeros(200, 2560, dtype=dtype)
+    together[:, :6] = torch.arange(1, 7)
+    apart = torch.zeros(200, 2560, dtype=dtype)
+    apart[:, :2560:256] = 1
+    for x, k in ((together, 6), (apart, 10), (torch.ones(200, 300, dtype=dtype), 300)):
+        arenas.clear()
+        assert_same_planes(kernel(device, "topk_encode")(x.to(device), k), ops.topk_encode(x, k))
+        (arena,) = arenas
+        assert k == 300 or arena.index.nbytes + arena.values.nbytes < x.nbytes / 2
 
 
 @on_each_device

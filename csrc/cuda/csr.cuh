@@ -38,20 +38,40 @@ template <typename T>
 __device__ __forceinline__ void list_run(const cpu::Encoding& e, const uint32_t* before, const int64_t* crow,
                                          int64_t block, int thread, Shared& shared, int64_t* col, T* row_values,
                                          FaultKey* first_fault) {
-  constexpr T kNotZero = static_cast<T>(~T{0});  // -0.0 may be stored
+  constexpr bool kSignedZero = true;  // -0.0 may be stored
   if (is_layout_fault(*first_fault)) return;
   const Run run(block, e.n_tokens, e.n_features);
   Segment mine;
   Sizes start;
   if (!locate_segments(e, run, thread, shared, &mine, &start, first_fault)) return;
-  for (int group = 0; group < kWarpGroups; ++group) {
-    const GroupRow<T> row(e, run, mine, start, thread, group);
-    int64_t at = 0;
-    if (row.token < e.n_tokens) at = crow[row.token] + before[run.column * e.n_tokens + row.token];
-    unpack_row(e, run, row, kNotZero, first_fault, [&](int rank, int j, T bits) {
-      col[at + rank] = run.column * kColumnWidth + j;
-      row_values[at + rank] = bits;
-    });
+  const int lane = thread % kWarpLanes;
+  // Where the row's values go, and what its columns are.
+  const auto place = [&](const Row<T>& row) {
+    return row.token < e.n_tokens ? crow[row.token] + before[run.column * e.n_tokens + row.token] : 0;
+  };
+  const auto put = [&](int64_t at, int j, T bits) {
+    col[at] = run.column * kColumnWidth + j;
+    row_values[at] = bits;
+  };
+  const uint32_t with_bitmap = rows_of_bitmaps(run, mine);
+  for (int first_row = 0; first_row < kWarpLanes; first_row += kGroupTokens) {
+    const Row<T> row(e, run, mine, start, thread, first_row + lane / kRowLanes);
+    const int64_t at = place(row);
+    unpack_positions(e, run, row, lane % kRowLanes, kSignedZero, first_fault,
+                     [&](int rank, int j, T bits) { put(at + rank, j, bits); });
+  }
+  for (uint32_t rows = with_bitmap; rows != 0; rows &= rows - 1) {
+    const Row<T> row(e, run, mine, start, thread, __ffs(static_cast<int>(rows)) - 1);
+    const int64_t at = place(row);
+    const uint32_t bitmap = read_bitmap(row, run.width, lane);
+    uint32_t rank;
+    const Octet<T> octet = unpack_bitmap(e, run, row, bitmap, lane, kSignedZero, first_fault, &rank);
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) {
+      if ((bitmap >> i & 1) == 0) continue;
+      put(at + rank, kOctet * lane + i, static_cast<T>(octet.element(i)));
+      ++rank;
+    }
   }
 }
 

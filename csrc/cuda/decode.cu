@@ -10,20 +10,20 @@ namespace {
 
 template <typename T>
 __global__ void __launch_bounds__(kRunThreads)
-    decode_kernel(const cpu::Encoding encoding, T zero_mask, const Matrix<T> out, FaultKey* first_fault) {
+    decode_kernel(const cpu::Encoding encoding, bool signed_zero, const Matrix<T> out, FaultKey* first_fault) {
   __shared__ Shared shared;
   __shared__ StagedRows<T> staged[kRunWarps];
-  decode_run(encoding, zero_mask, blockIdx.x, threadIdx.x, shared, staged[threadIdx.x / kWarpLanes], out, first_fault);
+  decode_run(encoding, signed_zero, blockIdx.x, threadIdx.x, shared, staged[threadIdx.x / kWarpLanes], out,
+             first_fault);
 }
 
 template <typename T>
 void launch_decode(int64_t n, const cpu::Encoding& encoding, bool signed_zero, void* out, int64_t row_stride,
                    FaultKey* first_fault, cudaStream_t stream) {
-  const T all = static_cast<T>(~T{0}), zero_mask = signed_zero ? all : all >> 1;
   const bool aligned = reinterpret_cast<uintptr_t>(out) % kUnitBytes == 0 &&
                        row_stride * static_cast<int64_t>(sizeof(T)) % kUnitBytes == 0;
   decode_kernel<T>
-      <<<n, kRunThreads, 0, stream>>>(encoding, zero_mask, {static_cast<T*>(out), row_stride, aligned}, first_fault);
+      <<<n, kRunThreads, 0, stream>>>(encoding, signed_zero, {static_cast<T*>(out), row_stride, aligned}, first_fault);
 }
 
 }  // namespace

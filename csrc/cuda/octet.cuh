@@ -62,12 +62,61 @@ __device__ __forceinline__ Octet<T> load_ragged(const T* at, int n_left) {
   return octet;
 }
 
+// What a byte of a bitmap says is stored, from where it lies packed; zeros elsewhere.
+template <typename T>
+__device__ __forceinline__ Octet<T> load_packed(const T* at, uint32_t bitmap) {
+#ifdef __CUDA_ARCH__
+  asm("" : "+l"(at));  // or nvcc 13.0 adds up again for each element what `at` was made of
+  __builtin_assume(__isGlobal(at));
+#endif
+  Octet<T> octet = {};
+#pragma unroll
+  for (int e = 0; e < kOctet; ++e) {
+    if ((bitmap >> e & 1) != 0) octet.set_element(e, at[__popc(bitmap & ((1u << e) - 1))]);
+  }
+  return octet;
+}
+
 template <typename T>
 __device__ __forceinline__ void store_ragged(T* at, const Octet<T>& octet, int n_left) {
 #pragma unroll
   for (int e = 0; e < kOctet; ++e) {
     if (e < n_left) at[e] = static_cast<T>(octet.element(e));
   }
+}
+
+// Which values are stored: those with a magnitude above `floor`, in bits, and perhaps -0.0. A NaN's is above all.
+struct Stored {
+  uint32_t floor;
+  bool signed_zero;
+};
+
+// Of both halves of a word at once, in their highest bits.
+__device__ __forceinline__ uint32_t stored_halves(uint32_t x, const Stored& stored) {
+  constexpr uint32_t kMagnitudes = 0x7fff7fff, kSigns = 0x80008000;
+  const uint32_t reaches_sign = (0x7fff - stored.floor) * 0x10001;  // when a magnitude above the floor is added
+  uint32_t result = (x & kMagnitudes) + reaches_sign;
+  if (stored.signed_zero) result |= x & ~((x & kMagnitudes) + kMagnitudes);
+  return result & kSigns;
+}
+
+// Bit e of the result: whether element e is stored.
+__device__ __forceinline__ uint32_t stored_bits(const Octet<uint16_t>& octet, const Stored& stored) {
+  uint32_t bits = 0;  // of elements 0, 2, 4, 6 in bits 0, 2, 4, 6, and of 1, 3, 5, 7 in bits 16, 18, 20, 22
+#pragma unroll
+  for (int i = 0; i < 4; ++i) bits |= stored_halves(octet.unit[0].word[i], stored) >> (15 - 2 * i);
+  return (bits | bits >> 15) & 0xff;
+}
+
+__device__ __forceinline__ uint32_t stored_bits(const Octet<uint32_t>& octet, const Stored& stored) {
+  constexpr uint32_t kSign = 0x80000000;
+  uint32_t bits = 0;
+#pragma unroll
+  for (int e = 0; e < kOctet; ++e) {
+    const uint32_t x = octet.element(e);
+    bits |= static_cast<uint32_t>((x & ~kSign) > stored.floor || (stored.signed_zero && x == kSign)) << e;
+  }
+  return bits;
 }
 
 // From one row to the next in staging memory: 16 bytes more than a row, so that the same features of neighbouring rows

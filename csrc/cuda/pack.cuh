@@ -2,10 +2,10 @@
 // encode.cu and of the fused linear_relu_encode.
 //
 // First every lane looks at the features 8 l ... 8 l + 7 of each row: 16 bytes of bfloat16, and their 8 bits of the
-// pattern are the format's bitmap byte l. Then four lanes share a row: each reads the 64 bits of its 64 features,
-// learns from the lanes before it where its values go, and walks over its set bits. So looking costs about 25
-// instructions a row and warp, and the walk as many steps for all 8 rows as the fullest 64 features have values: 6 at a
-// density of 3 %. (Letting every lane write what it has of each row, bits or none, took 125 instructions a row.)
+// pattern are the format's bitmap byte l. Then four lanes share a row: each learns from the 64 bits of its 64 features,
+// and from the lanes before it, where their values go. In a sparse group it walks over its set bits: as many steps for
+// all 8 rows as the fullest 64 features have values, 6 at a density of 3 %. In a dense one every lane writes what it
+// has of each row, 8 steps a row whatever the density.
 //
 // This is CUDA without the toolkit's headers: tests/cuda_emulation compiles it as host C++, lane by lane.
 #pragma once
@@ -27,45 +27,77 @@ struct alignas(16) Staging {
   uint8_t index[kGroupTokens * kWarpLanes];
 };
 
-// Which values are stored: those with a magnitude above `floor`, in bits, and perhaps -0.0. A NaN's is above all.
-struct Stored {
-  uint32_t floor;
-  bool signed_zero;
-};
-
-// Of both halves of a word at once, in their highest bits.
-__device__ __forceinline__ uint32_t stored_halves(uint32_t x, const Stored& stored) {
-  constexpr uint32_t kMagnitudes = 0x7fff7fff, kSigns = 0x80008000;
-  const uint32_t reaches_sign = (0x7fff - stored.floor) * 0x10001;  // when a magnitude above the floor is added
-  uint32_t result = (x & kMagnitudes) + reaches_sign;
-  if (stored.signed_zero) result |= x & ~((x & kMagnitudes) + kMagnitudes);
-  return result & kSigns;
-}
-
-// Bit e of the result: whether element e is stored.
-__device__ __forceinline__ uint32_t stored_bits(const Octet<uint16_t>& octet, const Stored& stored) {
-  uint32_t bits = 0;  // of elements 0, 2, 4, 6 in bits 0, 2, 4, 6, and of 1, 3, 5, 7 in bits 16, 18, 20, 22
-#pragma unroll
-  for (int i = 0; i < 4; ++i) bits |= stored_halves(octet.unit[0].word[i], stored) >> (15 - 2 * i);
-  return (bits | bits >> 15) & 0xff;
-}
-
-__device__ __forceinline__ uint32_t stored_bits(const Octet<uint32_t>& octet, const Stored& stored) {
-  constexpr uint32_t kSign = 0x80000000;
-  uint32_t bits = 0;
-#pragma unroll
-  for (int e = 0; e < kOctet; ++e) {
-    const uint32_t x = octet.element(e);
-    bits |= static_cast<uint32_t>((x & ~kSign) > stored.floor || (stored.signed_zero && x == kSign)) << e;
-  }
-  return bits;
-}
-
 // Copies n_units times 16 bytes.
 __device__ __forceinline__ void copy_units(const void* from, uint8_t* to, int n_units, int lane) {
 #pragma unroll 1
   for (int unit = lane; unit < n_units; unit += kWarpLanes) {
     reinterpret_cast<Unit*>(to)[unit] = static_cast<const Unit*>(from)[unit];
+  }
+}
+
+// Where the parts of a row begin in the staging memory: index bytes << 16 | values.
+__device__ __forceinline__ int index_of(uint32_t place) { return static_cast<int>(place >> 16); }
+__device__ __forceinline__ int values_of(uint32_t place) { return static_cast<int>(place & 0xffff); }
+
+// A group of more values than this is dense: most of its rows have bitmaps.
+constexpr int kDenseGroup = kGroupTokens * kColumnWidth / 8;
+
+// Stages a sparse group. Four lanes share a row of n_row values, `before` is the place of this lane's 64 features.
+template <typename T>
+__device__ __forceinline__ void stage_by_rows(int n_row, uint32_t before, int width, int lane, Staging<T>& staging) {
+  const int row = lane / kRowLanes, part = lane % kRowLanes;
+  const int values_before_row = values_of(__shfl_sync(kAllLanes, before, row * kRowLanes));
+  const bool positions = has_positions(n_row, width);
+  T* value = staging.values + values_of(before);
+  uint8_t* byte = staging.index + index_of(before);
+  if (positions) {
+    byte += values_of(before) - values_before_row;
+  } else {
+    for (int i = part * kLaneFeatures / 8; i < (part + 1) * kLaneFeatures / 8 && i < bitmap_bytes(width); ++i) {
+      byte[i] = staging.bitmaps[row * kWarpLanes + i];
+    }
+  }
+  const auto* const words = reinterpret_cast<const uint32_t*>(staging.bitmaps) + lane * kLaneWords;
+#pragma unroll
+  for (int i = 0; i < kLaneWords; ++i) {
+    const int first = part * kLaneFeatures + 32 * i;
+    for (uint32_t bits = words[i]; bits != 0; bits &= bits - 1) {
+      const int j = first + __ffs(static_cast<int>(bits)) - 1;
+      *value++ = staging.rows.row[row][j];
+      if (positions) *byte++ = static_cast<uint8_t>(j);
+    }
+  }
+}
+
+// Stages a dense group: this lane's octets, one row after the other. n_row and `before` as above.
+template <typename T>
+__device__ __forceinline__ void stage_by_octets(int n_row, uint32_t before, int width, int lane, Staging<T>& staging) {
+  constexpr int kPartOctets = kLaneFeatures / kOctet;
+#pragma unroll
+  for (int i = 0; i < kGroupTokens; ++i) {
+    const int keeper = i * kRowLanes + lane / kPartOctets;  // of the part of the row that the octet is in
+    const uint64_t part = reinterpret_cast<const uint64_t*>(staging.bitmaps)[keeper];
+    const uint32_t before_row = __shfl_sync(kAllLanes, before, i * kRowLanes);
+    const uint32_t before_part = __shfl_sync(kAllLanes, before, keeper);
+    const bool positions = has_positions(__shfl_sync(kAllLanes, n_row, i * kRowLanes), width);
+    const int n_bits_before = lane % kPartOctets * kOctet;
+    const int at = values_of(before_part) + __popcll(part & ((uint64_t{1} << n_bits_before) - 1));
+    const uint32_t bits = static_cast<uint32_t>(part >> n_bits_before) & 0xff;
+    const Octet<T> octet = load_octet(&staging.rows.row[i][kOctet * lane]);
+    const auto rank = [&](int e) { return __popc(bits & ((1u << e) - 1)); };
+#pragma unroll
+    for (int e = 0; e < kOctet; ++e) {
+      if ((bits >> e & 1) != 0) staging.values[at + rank(e)] = static_cast<T>(octet.element(e));
+    }
+    uint8_t* const index = staging.index + index_of(before_row);
+    if (positions) {
+#pragma unroll
+      for (int e = 0; e < kOctet; ++e) {
+        if ((bits >> e & 1) != 0) index[at - values_of(before_row) + rank(e)] = static_cast<uint8_t>(kOctet * lane + e);
+      }
+    } else if (lane < bitmap_bytes(width)) {
+      index[lane] = static_cast<uint8_t>(bits);
+    }
   }
 }
 
@@ -92,16 +124,13 @@ __device__ __forceinline__ void pack_group(const Arena& out, int64_t column, int
   int n_row = n;
 #pragma unroll
   for (int step = 1; step < kRowLanes; step *= 2) n_row += __shfl_xor_sync(kAllLanes, n_row, step);
-  const bool positions = has_positions(n_row, width);
   // Values and index bytes before this lane's, in one sum; a row's index is counted by its last lane.
   const auto n_index = part == kRowLanes - 1 ? static_cast<uint32_t>(index_bytes(n_row, width)) : 0;
   uint32_t total;
   const uint32_t before = exclusive_warp_sum(n_index << 16 | n, lane, &total);
-  const int values_before = before & 0xffff, index_before = before >> 16;
-  const int values_before_row = __shfl_sync(kAllLanes, values_before, row * kRowLanes);
 
-  const auto index_units = static_cast<int>(ceil_div(total >> 16, kUnitBytes));
-  const auto values_units = static_cast<int>(ceil_div((total & 0xffff) * sizeof(T), kUnitBytes));
+  const auto index_units = static_cast<int>(ceil_div(index_of(total), kUnitBytes));
+  const auto values_units = static_cast<int>(ceil_div(values_of(total) * sizeof(T), kUnitBytes));
   const uint64_t start = place(static_cast<uint64_t>(values_units) << 32 | index_units);
   if (lane == 0 && n_tokens > 0) out.group_ptr[column * n_groups(out.n_tokens) + first_token / kGroupTokens] = start;
   if (part == 0 && row < n_tokens) {
@@ -113,23 +142,10 @@ __device__ __forceinline__ void pack_group(const Arena& out, int64_t column, int
   if (index_start + index_units * kUnitBytes > out.index_capacity) return;
   if (values_start + values_units * kUnitBytes > out.values_capacity) return;
 
-  T* value = staging.values + values_before;
-  uint8_t* byte = staging.index + index_before;
-  if (positions) {
-    byte += values_before - values_before_row;
+  if (values_of(total) > kDenseGroup) {
+    stage_by_octets(n_row, before, width, lane, staging);
   } else {
-    for (int i = part * kLaneFeatures / 8; i < (part + 1) * kLaneFeatures / 8 && i < bitmap_bytes(width); ++i) {
-      byte[i] = staging.bitmaps[row * kWarpLanes + i];
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kLaneWords; ++i) {
-    const int first = part * kLaneFeatures + 32 * i;
-    for (uint32_t bits = words[i]; bits != 0; bits &= bits - 1) {
-      const int j = first + __ffs(static_cast<int>(bits)) - 1;
-      *value++ = staging.rows.row[row][j];
-      if (positions) *byte++ = static_cast<uint8_t>(j);
-    }
+    stage_by_rows(n_row, before, width, lane, staging);
   }
   __syncwarp();
   copy_units(staging.index, out.index + index_start, index_units, lane);

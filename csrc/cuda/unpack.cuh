@@ -34,9 +34,12 @@ inline cpu::Status status_of(FaultKey key, int64_t n_tokens) {
   return {fault, place / (n_tokens + 1), token == n_tokens ? -1 : token};
 }
 
-// What is wrong with a bitmap of n bits behind a count byte: only 255 may stand for another number, 256.
+// Whether a bitmap of n bits may stand behind a count byte: only 255 may be another number, 256.
+__device__ __forceinline__ bool counts_agree(int n, int count_byte) {
+  return n == count_byte || (count_byte == kCountSaturated && n == kColumnWidth);
+}
 __device__ __forceinline__ Fault check_bitmap_count(int n, int count_byte, int width) {
-  if (n == count_byte || (count_byte == kCountSaturated && n == kColumnWidth)) return Fault::none;
+  if (counts_agree(n, count_byte)) return Fault::none;
   return has_positions(n, width) ? Fault::bitmap_sparse : Fault::bitmap_count;
 }
 
@@ -111,119 +114,104 @@ __device__ __forceinline__ bool locate_segments(const cpu::Encoding& e, const Ru
 
 constexpr int kWarpGroups = kWarpLanes / kGroupTokens;
 
-// One row of a warp's group, as its four lanes see it. Beyond the last token it is empty.
+// One of the warp's 32 rows, whose books lane `number` keeps. Beyond the last token it is empty.
 template <typename T>
-struct GroupRow {
+struct Row {
   int64_t token;
   int count_byte;
-  int part;  // 0 to 3: which of the four lanes
   const uint8_t* index;
   const T* values;
 
-  // All lanes take part.
-  __device__ __forceinline__ GroupRow(const cpu::Encoding& e, const Run& run, const Segment& mine, const Sizes& start,
-                                      int thread, int group) {
-    const int lane = thread % kWarpLanes;
-    const int source = group * kGroupTokens + lane / kRowLanes;
-    const uint32_t before = __shfl_sync(kAllLanes, mine.before, source);
-    token = run.first_token + (thread - lane) + source;
-    count_byte = __shfl_sync(kAllLanes, mine.count_byte, source);
-    part = lane % kRowLanes;
+  // All lanes take part, each for the row that it wants.
+  __device__ __forceinline__ Row(const cpu::Encoding& e, const Run& run, const Segment& mine, const Sizes& start,
+                                 int thread, int number) {
+    const uint32_t before = __shfl_sync(kAllLanes, mine.before, number);
+    token = run.first_token + (thread - thread % kWarpLanes) + number;
+    count_byte = __shfl_sync(kAllLanes, mine.count_byte, number);
     index = e.index + start.index + packed_index(before);
     values = static_cast<const T*>(e.values) + start.values + packed_values(before);
   }
 };
 
+// Which of the warp's rows have bitmaps, a bit for each. All lanes take part.
+__device__ __forceinline__ uint32_t rows_of_bitmaps(const Run& run, const Segment& mine) {
+  return __ballot_sync(kAllLanes, !has_positions(mine.count_byte, run.width));
+}
+
 // Faults of a row in the order of the CPU's checks: the smallest is the one to report.
 constexpr int kNoRowFault = INT32_MAX;
 __device__ __forceinline__ int row_fault_key(int place, Fault fault) { return place << 4 | static_cast<int>(fault); }
 
-// Calls put(rank, position, bits) for every fourth value of a row of positions, this lane's. Returns the key of the
-// first fault that it saw; a position beyond the width is still a byte.
+template <typename T>
+__device__ __forceinline__ void report_row(const cpu::Encoding& e, const Run& run, const Row<T>& row, Fault fault,
+                                           FaultKey* first_fault) {
+  atomicMin(first_fault, fault_key(true, run.column, row.token, e.n_tokens, fault));
+}
+
+// Calls put(rank, position, bits) for every fourth value of a row, beginning with `part`: four lanes share it. Lowers
+// *first_fault if something is wrong with the row, and then positions may be beyond the width, but are bytes; a stored
+// x is a zero, and so a fault, iff (x & zero_mask) == 0. Does nothing for a row with a bitmap. All lanes take part.
 template <typename T, typename Put>
-__device__ __forceinline__ int unpack_positions(const GroupRow<T>& row, int width, T zero_mask, bool* stored_zero,
-                                                Put put) {
+__device__ __forceinline__ void unpack_positions(const cpu::Encoding& e, const Run& run, const Row<T>& row, int part,
+                                                 bool signed_zero, FaultKey* first_fault, Put put) {
+  const T zero_mask = static_cast<T>(~T{0}) >> (signed_zero ? 0 : 1);  // x is a zero, and a fault, iff x & it is 0
+  const int n = has_positions(row.count_byte, run.width) ? row.count_byte : 0;
+  bool stored_zero = false;
   int key = kNoRowFault;
-  for (int k = row.part; k < row.count_byte; k += kRowLanes) {
+  for (int k = part; k < n; k += kRowLanes) {
     const int position = row.index[k];
-    const bool beyond = position >= width;
+    const bool beyond = position >= run.width;
     const bool unordered = k > 0 && position <= row.index[k - 1];
     if (key == kNoRowFault && (beyond || unordered)) {
       key = row_fault_key(k, beyond ? Fault::position_range : Fault::position_order);
     }
     const T bits = row.values[k];
-    *stored_zero |= (bits & zero_mask) == 0;
+    stored_zero |= (bits & zero_mask) == 0;
     put(k, position, bits);
-  }
-  return key;
-}
-
-// This lane's 64 bits of a row's bitmap.
-template <typename T>
-__device__ __forceinline__ uint64_t read_bitmap(const GroupRow<T>& row, int width) {
-  const int first = row.part * kLaneFeatures / 8;
-  const int n_left = static_cast<int>(bitmap_bytes(width)) - first;
-  uint64_t bits = 0;
-#pragma unroll
-  for (int i = 0; i < kLaneFeatures / 8; ++i) {
-    if (i < n_left) bits |= static_cast<uint64_t>(row.index[first + i]) << 8 * i;
-  }
-  return bits;
-}
-
-// Calls put(rank, j, bits) for this lane's part of a row's values: feature j of the column, the rank-th that is stored.
-// Lowers *first_fault if something is wrong with the row; a stored x is a zero, and so a fault, iff
-// (x & zero_mask) == 0. All lanes take part.
-template <typename T, typename Put>
-__device__ __forceinline__ void unpack_row(const cpu::Encoding& e, const Run& run, const GroupRow<T>& row, T zero_mask,
-                                           FaultKey* first_fault, Put put) {
-  const int width = run.width;
-  const bool positions = has_positions(row.count_byte, width);
-  bool stored_zero = false;
-  int key = kNoRowFault;
-  uint64_t bitmap = 0;
-  if (positions) {
-    key = unpack_positions(row, width, zero_mask, &stored_zero, put);
-  } else {
-    bitmap = read_bitmap(row, width);
-  }
-
-  const int n = __popcll(bitmap);
-  int n_row = n, n_before = 0;
-#pragma unroll
-  for (int other = 1; other < kRowLanes; ++other) {
-    const int n_other = __shfl_xor_sync(kAllLanes, n, other);
-    n_row += n_other;
-    if ((row.part ^ other) < row.part) n_before += n_other;
-  }
-  if (!positions) {
-    const int bits_left = width - row.part * kLaneFeatures;
-    const Fault count_fault = check_bitmap_count(n_row, row.count_byte, width);
-    if (bits_left > 0 && bits_left < kLaneFeatures && bitmap >> bits_left != 0) {
-      key = row_fault_key(0, Fault::spare_bits);
-    } else if (count_fault != Fault::none) {
-      key = row_fault_key(1, count_fault);
-    }
   }
 #pragma unroll
   for (int step = 1; step < kRowLanes; step *= 2) {
     const int other = __shfl_xor_sync(kAllLanes, key, step);
     key = other < key ? other : key;
   }
-
-  if (key == kNoRowFault) {  // only now are the ranks of a bitmap's values known to lie within the row's
-    for (int rank = n_before; bitmap != 0; bitmap &= bitmap - 1, ++rank) {
-      const T bits = row.values[rank];
-      stored_zero |= (bits & zero_mask) == 0;
-      put(rank, row.part * kLaneFeatures + __ffsll(static_cast<long long>(bitmap)) - 1, bits);
-    }
-  }
   // The first fault of the row's four lanes; a stored zero comes after those of the index.
-  if (key == kNoRowFault && stored_zero) key = row_fault_key(kColumnWidth, Fault::stored_zero);
   if (key != kNoRowFault) {
-    const auto fault = static_cast<Fault>(key & 15);
-    atomicMin(first_fault, fault_key(true, run.column, row.token, e.n_tokens, fault));
+    report_row(e, run, row, static_cast<Fault>(key & 15), first_fault);
+  } else if (stored_zero) {
+    report_row(e, run, row, Fault::stored_zero, first_fault);
   }
+}
+
+// This lane's byte of a row's bitmap.
+template <typename T>
+__device__ __forceinline__ uint32_t read_bitmap(const Row<T>& row, int width, int lane) {
+  return lane < static_cast<int>(bitmap_bytes(width)) ? row.index[lane] : 0;
+}
+
+// This lane's octet of a row with a bitmap, of which it has this byte; *rank is that of its first value within the row.
+// *first_fault is lowered if something is wrong with the row. All lanes take part, with the same row.
+template <typename T>
+__device__ __forceinline__ Octet<T> unpack_bitmap(const cpu::Encoding& e, const Run& run, const Row<T>& row,
+                                                  uint32_t bitmap, int lane, bool signed_zero, FaultKey* first_fault,
+                                                  uint32_t* rank) {
+  const int n_left = run.width - kOctet * lane;
+  const bool spare_bits = n_left > 0 && n_left < kOctet && bitmap >> n_left != 0;
+  uint32_t n_row;
+  *rank = exclusive_warp_sum(__popc(bitmap), lane, &n_row);
+  Octet<T> octet = {};
+  bool stored_zero = false;
+  if (counts_agree(static_cast<int>(n_row), row.count_byte)) {  // then the ranks are those of the row's values
+    octet = load_packed(row.values + *rank, bitmap);
+    stored_zero = stored_bits(octet, {0, signed_zero}) != bitmap;
+  }
+  const uint32_t faulty = __ballot_sync(kAllLanes, spare_bits || stored_zero);
+  if (faulty == 0 && counts_agree(static_cast<int>(n_row), row.count_byte)) return octet;
+
+  Fault fault = check_bitmap_count(static_cast<int>(n_row), row.count_byte, run.width);
+  if (fault == Fault::none) fault = Fault::stored_zero;
+  if (__ballot_sync(kAllLanes, spare_bits) != 0) fault = Fault::spare_bits;
+  if (lane == 0) report_row(e, run, row, fault, first_fault);
+  return octet;
 }
 
 }  // namespace pyfacts::cuda

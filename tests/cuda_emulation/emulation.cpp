@@ -196,13 +196,12 @@ template <typename T>
 FaultKey decode(const cpu::Encoding& e, bool signed_zero, T* out, uint32_t seed) {
   const GuardedEncoding encoding(e);
   Guarded<T> dense(out, e.n_tokens * e.n_features);
-  const T all = static_cast<T>(~T{0}), zero_mask = signed_zero ? all : all >> 1;
   const bool aligned = reinterpret_cast<uintptr_t>(dense.data()) % kUnitBytes == 0 &&
                        e.n_features * static_cast<int64_t>(sizeof(T)) % kUnitBytes == 0;
   FaultKey first_fault = kNoFault;
   launch<DecodeShared<T>>(
       n_runs(e.n_tokens, e.n_features), kRunThreads, seed, [&](int64_t block, int thread, DecodeShared<T>& shared) {
-        decode_run<T>(encoding.get(), zero_mask, block, thread, shared.run, shared.staged[thread / kWarpLanes],
+        decode_run<T>(encoding.get(), signed_zero, block, thread, shared.run, shared.staged[thread / kWarpLanes],
                       {dense.data(), e.n_features, aligned}, &first_fault);
       });
   dense.copy_back();
