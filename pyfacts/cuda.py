@@ -166,7 +166,7 @@ def _largest_of_rows(h: Tensor, k: int) -> Tensor:
     ranks = _ranks(h)
     least = ranks.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
     above, equal = ranks > least, ranks == least
-    del ranks  # of all that a selection takes the most follows
+    del ranks  # before the cumulative sum, the largest of the temporaries
     room = k - above.sum(1, keepdim=True)
     equal &= equal.cumsum(1, dtype=torch.int32) <= room
     return above.logical_or_(equal)
@@ -228,7 +228,7 @@ def pack(like: Tensor, n_tokens: int, n_features: int, fill: Fill, n_values: int
     room = WIDE_ARENA_BYTES if n_features >= WIDE else ARENA_BYTES
     step = chunk_tokens(like, n_columns * ops.COLUMN_WIDTH, room)
     if n_values is not None and n_values * like.itemsize <= room // 2:  # and as much for what pads each group
-        padding = max(1, n_columns * ops.UNIT_BYTES * ops.TILE_TOKENS // ops.GROUP_TOKENS)
+        padding = n_columns * ops.UNIT_BYTES * ops.TILE_TOKENS // ops.GROUP_TOKENS  # of a tile's groups
         step = max(step, room // 2 // padding * ops.TILE_TOKENS)
     pieces = []
     for begin in range(0, max(1, n_tokens), step):

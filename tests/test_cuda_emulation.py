@@ -354,9 +354,26 @@ def test_every_fault_has_its_name(emulator: ctypes.CDLL, plane: int, at: int, va
     x[0, [3, 50, 99]] = 1.0
     x[1, :40] = 2.0
     planes = altered(cpu_planes(x), plane, at, value)
-    _, fault = decode(emulator, planes, 100, torch.float32)
-    assert re.search(message, fault)
-    assert f": {fault}" in cpu_decode(planes, 100, torch.float32)[1]
+    for fault in (decode(emulator, planes, 100, torch.float32)[1], to_csr(emulator, planes, 100, torch.float32)[1]):
+        assert re.search(message, fault)
+        assert f": {fault}" in cpu_decode(planes, 100, torch.float32)[1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [100, 255, 256])
+@pytest.mark.parametrize("n_values", [14, 40, 255, 256])
+def test_a_bitmap_of_other_bits_than_were_counted(
+    emulator: ctypes.CDLL, dtype: torch.dtype, width: int, n_values: int
+) -> None:
+    """The only row there is, so that what is read or written beyond it is beyond the planes."""
+    x = torch.zeros(1, width, dtype=dtype)
+    x[0, :n_values] = 1
+    counts, index, values, tile_ptr = cpu_planes(x)
+    for spoilt in (np.full_like(index, 0xFF), np.zeros_like(index)):
+        planes = counts, spoilt, values, tile_ptr
+        expected, error = cpu_decode(planes, width, dtype)
+        for fault in (decode(emulator, planes, width, dtype)[1], to_csr(emulator, planes, width, dtype)[1]):
+            assert (expected is not None and fault == "") or (fault and f": {fault}" in error)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

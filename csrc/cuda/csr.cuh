@@ -63,14 +63,11 @@ __device__ __forceinline__ void list_run(const cpu::Encoding& e, const uint32_t*
   for (uint32_t rows = with_bitmap; rows != 0; rows &= rows - 1) {
     const Row<T> row(e, run, mine, start, thread, __ffs(static_cast<int>(rows)) - 1);
     const int64_t at = place(row);
-    const uint32_t bitmap = read_bitmap(row, run.width, lane);
-    uint32_t rank;
-    const Octet<T> octet = unpack_bitmap(e, run, row, bitmap, lane, kSignedZero, first_fault, &rank);
+    const BitmapPart<T> part = unpack_bitmap(e, run, row, lane, kSignedZero, first_fault);
+    uint32_t rank = part.rank;
 #pragma unroll
     for (int i = 0; i < kOctet; ++i) {
-      if ((bitmap >> i & 1) == 0) continue;
-      put(at + rank, kOctet * lane + i, static_cast<T>(octet.element(i)));
-      ++rank;
+      if ((part.bits >> i & 1) != 0) put(at + rank++, kOctet * lane + i, static_cast<T>(part.values.element(i)));
     }
   }
 }

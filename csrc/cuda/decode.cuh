@@ -57,15 +57,12 @@ __device__ __forceinline__ void decode_run(const cpu::Encoding& e, bool signed_z
         if ((bitmaps >> i & 1) != 0 || first + i >= run.n_tokens) continue;
         write_octet(to + i * out.row_stride, octet, n_left, out.aligned);
       }
-      __syncwarp();
     }
 #pragma unroll 1
     for (uint32_t rows = bitmaps; rows != 0; rows &= rows - 1) {
       const int i = __ffs(static_cast<int>(rows)) - 1;
       const Row<T> row(e, run, mine, start, thread, first_row + i);
-      uint32_t rank;
-      const Octet<T> octet =
-          unpack_bitmap(e, run, row, read_bitmap(row, run.width, lane), lane, signed_zero, first_fault, &rank);
+      const Octet<T> octet = unpack_bitmap(e, run, row, lane, signed_zero, first_fault).values;
       write_octet(to + i * out.row_stride, octet, n_left, out.aligned);
     }
   }

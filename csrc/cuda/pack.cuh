@@ -39,7 +39,7 @@ __device__ __forceinline__ void copy_units(const void* from, uint8_t* to, int n_
 __device__ __forceinline__ int index_of(uint32_t place) { return static_cast<int>(place >> 16); }
 __device__ __forceinline__ int values_of(uint32_t place) { return static_cast<int>(place & 0xffff); }
 
-// A group of more values than this is dense: most of its rows have bitmaps.
+// A group of more values than this is dense: more than 32 a row, where rows of a whole column have bitmaps.
 constexpr int kDenseGroup = kGroupTokens * kColumnWidth / 8;
 
 // Stages a sparse group. Four lanes share a row of n_row values, `before` is the place of this lane's 64 features.

@@ -2,8 +2,10 @@
 // before it is read.
 //
 // Runs are checked independently: each starts where its tile_ptr says, must fit the planes, and must end where the next
-// one starts (the first at 0, the last at the planes' ends). All of them right means that the whole layout is. A warp
-// reads 8 tokens at a time, four lanes share a row.
+// one starts (the first at 0, the last at the planes' ends). All of them right means that the whole layout is.
+//
+// A warp reads rows of positions 8 at a time, each by four lanes, and rows of bitmaps one by one, by all of them: a row
+// with a bitmap has many values, and what its lanes ask for lies together.
 #pragma once
 
 #include "octet.cuh"
@@ -35,11 +37,11 @@ inline cpu::Status status_of(FaultKey key, int64_t n_tokens) {
 }
 
 // Whether a bitmap of n bits may stand behind a count byte: only 255 may be another number, 256.
-__device__ __forceinline__ bool counts_agree(int n, int count_byte) {
-  return n == count_byte || (count_byte == kCountSaturated && n == kColumnWidth);
+__device__ __forceinline__ bool counts_agree(int n, int count_byte, int width) {
+  return n == count_byte || (count_byte == kCountSaturated && n == kColumnWidth && width == kColumnWidth);
 }
 __device__ __forceinline__ Fault check_bitmap_count(int n, int count_byte, int width) {
-  if (counts_agree(n, count_byte)) return Fault::none;
+  if (counts_agree(n, count_byte, width)) return Fault::none;
   return has_positions(n, width) ? Fault::bitmap_sparse : Fault::bitmap_count;
 }
 
@@ -149,8 +151,8 @@ __device__ __forceinline__ void report_row(const cpu::Encoding& e, const Run& ru
 }
 
 // Calls put(rank, position, bits) for every fourth value of a row, beginning with `part`: four lanes share it. Lowers
-// *first_fault if something is wrong with the row, and then positions may be beyond the width, but are bytes; a stored
-// x is a zero, and so a fault, iff (x & zero_mask) == 0. Does nothing for a row with a bitmap. All lanes take part.
+// *first_fault if something is wrong with the row, and then positions may be beyond the width, but are bytes. Does
+// nothing for a row with a bitmap. All lanes take part.
 template <typename T, typename Put>
 __device__ __forceinline__ void unpack_positions(const cpu::Encoding& e, const Run& run, const Row<T>& row, int part,
                                                  bool signed_zero, FaultKey* first_fault, Put put) {
@@ -182,36 +184,39 @@ __device__ __forceinline__ void unpack_positions(const cpu::Encoding& e, const R
   }
 }
 
-// This lane's byte of a row's bitmap.
+// What a lane has of a row with a bitmap.
 template <typename T>
-__device__ __forceinline__ uint32_t read_bitmap(const Row<T>& row, int width, int lane) {
-  return lane < static_cast<int>(bitmap_bytes(width)) ? row.index[lane] : 0;
-}
+struct BitmapPart {
+  uint32_t bits;    // its byte of the bitmap: which of its 8 features are stored
+  uint32_t rank;    // of the first of them among the row's values
+  Octet<T> values;  // zeros where nothing is stored
+};
 
-// This lane's octet of a row with a bitmap, of which it has this byte; *rank is that of its first value within the row.
-// *first_fault is lowered if something is wrong with the row. All lanes take part, with the same row.
+// Reads it. If something is wrong with the row, *first_fault is lowered, and no lane has anything. All lanes take part,
+// with the same row.
 template <typename T>
-__device__ __forceinline__ Octet<T> unpack_bitmap(const cpu::Encoding& e, const Run& run, const Row<T>& row,
-                                                  uint32_t bitmap, int lane, bool signed_zero, FaultKey* first_fault,
-                                                  uint32_t* rank) {
+__device__ __forceinline__ BitmapPart<T> unpack_bitmap(const cpu::Encoding& e, const Run& run, const Row<T>& row,
+                                                       int lane, bool signed_zero, FaultKey* first_fault) {
+  BitmapPart<T> part = {};
+  if (lane < static_cast<int>(bitmap_bytes(run.width))) part.bits = row.index[lane];
   const int n_left = run.width - kOctet * lane;
-  const bool spare_bits = n_left > 0 && n_left < kOctet && bitmap >> n_left != 0;
+  const bool spare_bits = n_left > 0 && n_left < kOctet && part.bits >> n_left != 0;
   uint32_t n_row;
-  *rank = exclusive_warp_sum(__popc(bitmap), lane, &n_row);
-  Octet<T> octet = {};
+  part.rank = exclusive_warp_sum(__popc(part.bits), lane, &n_row);
+  const int n = static_cast<int>(n_row);
   bool stored_zero = false;
-  if (counts_agree(static_cast<int>(n_row), row.count_byte)) {  // then the ranks are those of the row's values
-    octet = load_packed(row.values + *rank, bitmap);
-    stored_zero = stored_bits(octet, {0, signed_zero}) != bitmap;
+  if (counts_agree(n, row.count_byte, run.width)) {  // then the ranks are those of the row's values
+    part.values = load_packed(row.values + part.rank, part.bits);
+    stored_zero = stored_bits(part.values, {0, signed_zero}) != part.bits;
   }
-  const uint32_t faulty = __ballot_sync(kAllLanes, spare_bits || stored_zero);
-  if (faulty == 0 && counts_agree(static_cast<int>(n_row), row.count_byte)) return octet;
+  const bool sound = __ballot_sync(kAllLanes, spare_bits || stored_zero) == 0;
+  if (sound && counts_agree(n, row.count_byte, run.width)) return part;
 
-  Fault fault = check_bitmap_count(static_cast<int>(n_row), row.count_byte, run.width);
+  Fault fault = check_bitmap_count(n, row.count_byte, run.width);
   if (fault == Fault::none) fault = Fault::stored_zero;
   if (__ballot_sync(kAllLanes, spare_bits) != 0) fault = Fault::spare_bits;
   if (lane == 0) report_row(e, run, row, fault, first_fault);
-  return octet;
+  return {};
 }
 
 }  // namespace pyfacts::cuda

@@ -7,6 +7,7 @@ namespace ptx {
 
 // Whether all the lanes of `wanted` that there are have come; if not, those that are here wait.
 bool Interpreter::gathered(uint32_t wanted) {
+  if ((wanted & here_ & ~mask_) != 0) fail("lanes that should take part are elsewhere by their guard");
   if ((wanted & warp_->alive & ~here_) == 0) return true;
   warp_->waiting |= mask_;
   held_ = mask_;

@@ -31,6 +31,7 @@ Interpreter::Interpreter(const Launch& launch, const Memory& memory)
   static constexpr double kChances[] = {0.002, 0.05, 0.5};
   copy_chance_ = kChances[random_() % 3];
   product_chance_ = kChances[random_() % 3];
+  lag_chance_ = random_() % 2 == 0 ? 0.0 : 0.005;
 }
 
 Statistics Interpreter::run() {
@@ -163,7 +164,17 @@ void Interpreter::deadlock(const std::vector<Warp*>& warps) {
 Interpreter::Step Interpreter::advance() {
   Warp& w = *warp_;
   if (w.at_barrier >= 0 && !w.released) return Step::blocked;
-  const uint32_t ready = w.alive & ~w.waiting;
+  if (w.lag == 0 && chance(lag_chance_)) {
+    w.lagging = static_cast<uint32_t>(random_()) & ~w.waiting;
+    w.lag = 1 + random_() % 64;
+  }
+  if ((w.alive & ~w.waiting & ~w.lagging) == 0) w.lag = 0;  // the others wait for these
+  if (w.lag == 0) {
+    w.lagging = 0;
+  } else {
+    --w.lag;
+  }
+  const uint32_t ready = w.alive & ~w.waiting & ~w.lagging;
   if (ready == 0) fail("lanes wait for each other at different places");
   pc_ = std::numeric_limits<int>::max();
   for (uint32_t rest = ready; rest != 0; rest &= rest - 1) pc_ = std::min(pc_, w.pc[std::countr_zero(rest)]);
@@ -174,7 +185,7 @@ Interpreter::Step Interpreter::advance() {
   }
   instruction_ = &kernel_.code[pc_];
   here_ = mask_ = 0;
-  for (uint32_t rest = w.alive; rest != 0; rest &= rest - 1) {
+  for (uint32_t rest = w.alive & ~w.lagging; rest != 0; rest &= rest - 1) {
     const int lane = std::countr_zero(rest);
     if (w.pc[lane] != pc_) continue;
     here_ |= 1u << lane;

@@ -43,6 +43,8 @@ struct Warp {
   std::array<int, kLanes> pc{};
   uint32_t alive = 0;
   uint32_t waiting = 0;  // lanes at a collective that others have not reached
+  uint32_t lagging = 0;  // lanes that fall behind the others for a while
+  uint64_t lag = 0;      // how many instructions more
 
   int at_barrier = -1;  // which of the block's
   bool released = false;
@@ -187,6 +189,7 @@ class Interpreter {
   std::vector<uint8_t> params_;
   uint64_t params_at_ = 0;
   double copy_chance_ = 0, product_chance_ = 0;  // to happen at a turn
+  double lag_chance_ = 0;                        // to begin at an instruction
   Statistics statistics_;
 
   std::vector<std::unique_ptr<Cta>> ctas_;
@@ -199,7 +202,7 @@ class Interpreter {
   Warp* warp_ = nullptr;
   const Instruction* instruction_ = nullptr;
   int pc_ = 0;
-  uint32_t here_ = 0;    // lanes at pc_
+  uint32_t here_ = 0;    // lanes at pc_ that do not lag
   uint32_t mask_ = 0;    // those whose guard holds
   uint32_t jumped_ = 0;  // those that have gone elsewhere
   uint32_t held_ = 0;    // those that stay, for others have not come

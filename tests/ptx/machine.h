@@ -1,6 +1,7 @@
 // Runs kernels of a PTX module on the host: every thread of a cluster of blocks, instruction by instruction.
 //
-// Addresses are the host's. Warps take turns at random; lanes that diverge run apart and meet at collectives. What the
+// Addresses are the host's. Warps take turns at random; lanes that diverge run apart and meet at collectives, and some
+// lag behind the rest of their warp for a while. What the
 // hardware does beside the threads happens at a random later time, and sometimes as late as it may: copies by TMA, and
 // the matrix products of WGMMA, which read shared memory when they happen. It is an error to touch memory that such an
 // operation still writes or reads, to use accumulators that were not waited for, or barriers that nobody initialised;

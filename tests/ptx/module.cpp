@@ -72,7 +72,9 @@ class Parser {
         if (peek() == '=') fail("initialised variables are not known");
         expect(';');
       } else if (word == ".shared") {  // extern: what a launch asks for, behind what is static
-        externs_.push_back(std::get<0>(variable()));
+        const auto [name, bytes, align] = variable();
+        if (bytes != 0) fail("shared memory of a fixed size that no kernel owns is not known");
+        externs_.push_back(name);
         expect(';');
       } else {
         fail("unknown at file scope: '" + word + "'");
@@ -169,9 +171,13 @@ class Parser {
         accept(',');
       }
     }
-    while (!accept('{')) {  // .maxntid 384, 1, 1 and the like
-      next_word();
-      while (accept(',')) next_word();
+    while (!accept('{')) {
+      if (next_word() == ".maxntid") {
+        kernel_.max_threads = next_int();
+        while (accept(',')) kernel_.max_threads *= next_int();
+      } else {
+        next_word();  // as .minnctapersm has one
+      }
     }
     body();
     for (const auto& [index, operand, name, scope] : fixups_) {

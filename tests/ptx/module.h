@@ -118,6 +118,7 @@ struct Kernel {
   int param_bytes = 0;
   int n_slots = 0;
   int static_shared_bytes = 0;
+  int max_threads = 1024;  // of a block
   std::vector<Instruction> code;
 };
 

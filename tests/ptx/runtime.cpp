@@ -23,6 +23,8 @@
 
 namespace {
 
+constexpr int kUsualSharedBytes = 48 * 1024, kMostSharedBytes = 227 * 1024;  // of a block, on an H100
+
 std::string setting(const char* name, const char* otherwise) {
   const char* const value = std::getenv(name);
   return value != nullptr ? value : otherwise;
@@ -30,7 +32,8 @@ std::string setting(const char* name, const char* otherwise) {
 
 struct Device {
   std::vector<ptx::Module> modules;
-  std::unordered_map<const void*, std::string> names;  // of kernels, by the address of their host function
+  std::unordered_map<const void*, std::string> names;         // of kernels, by the address of their host function
+  std::unordered_map<const void*, int> dynamic_shared_bytes;  // that a kernel may ask for, if more than usual
   ptx::Memory memory;
   uint64_t seed = std::stoull(setting("PTX_SEED", "0"));
   uint64_t launches = 0;
@@ -75,6 +78,10 @@ cudaError_t launch(const void* function, dim3 grid, dim3 block, dim3 cluster, vo
     const auto found = module.kernels.find(name->second);
     if (found == module.kernels.end()) continue;
     const ptx::Kernel& kernel = found->second;
+    const auto allowed = d.dynamic_shared_bytes.find(function);
+    const int most_shared = allowed != d.dynamic_shared_bytes.end() ? allowed->second : kUsualSharedBytes;
+    if (static_cast<int>(shared) > most_shared) return d.fail(cudaErrorInvalidValue);
+    if (static_cast<int>(block.x * block.y * block.z) > kernel.max_threads) return d.fail(cudaErrorInvalidValue);
     ptx::Launch launch;
     launch.kernel = &kernel;
     launch.globals = module.globals.data();
@@ -204,8 +211,11 @@ cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* fu
   }
   return launch(function, config->gridDim, config->blockDim, cluster, arguments, config->dynamicSmemBytes);
 }
-cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int value) {
-  return value <= 227 * 1024 ? cudaSuccess : cudaErrorInvalidValue;
+cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return device().fail(cudaErrorNotSupported);
+  if (value > kMostSharedBytes) return device().fail(cudaErrorInvalidValue);
+  device().dynamic_shared_bytes[function] = value;
+  return cudaSuccess;
 }
 
 // What CUB asks, to choose among its kernels.
@@ -241,7 +251,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
       *value = std::stoi(setting("PTX_MULTIPROCESSORS", "4"));
       break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = 227 * 1024;
+      *value = kMostSharedBytes;
       break;
     case cudaDevAttrMaxGridDimX:
       *value = 0x7fffffff;
