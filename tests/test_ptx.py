@@ -26,7 +26,8 @@ LIBRARY = BUILD / "kernels.so"
 
 def up_to_date() -> bool:
     """Whether the library is there, and not older than what it is made of."""
-    sources = [*(ROOT / "csrc" / "cuda").iterdir(), *(ROOT / "tests" / "ptx").iterdir()]
+    folders = (ROOT / "csrc" / "cuda", ROOT / "tests" / "ptx", ROOT / "tests" / "cuda_emulation")
+    sources = [path for folder in folders for path in folder.iterdir()]
     return LIBRARY.is_file() and LIBRARY.stat().st_mtime >= max(path.stat().st_mtime for path in sources)
 
 

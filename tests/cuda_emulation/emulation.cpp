@@ -12,6 +12,7 @@
 #include "../../csrc/cuda/encode.cuh"
 #include "../../csrc/cuda/sparse_linear.cuh"
 #include "../../csrc/predicate.h"
+#include "copies.h"
 
 using namespace pyfacts;
 using namespace pyfacts::cuda;
@@ -71,45 +72,8 @@ void launch(int64_t n_blocks, int n_threads, uint32_t seed, Body body) {
   }
 }
 
-int64_t n_runs(int64_t n_tokens, int64_t n_features) { return n_columns(n_features) * n_tiles(n_tokens); }
-
-int64_t extent(int64_t n_tokens, int64_t row_stride, int64_t n_features) {
-  return n_tokens > 0 && n_features > 0 ? (n_tokens - 1) * row_stride + n_features : 0;
-}
-
-// An arena over arrays, guarded.
-class GuardedArena {
- public:
-  explicit GuardedArena(const Arena& a)
-      : counts_(a.counts, n_columns(a.n_features) * a.n_tokens),
-        index_(a.index, a.index_capacity),
-        values_(a.values, a.values_capacity),
-        group_ptr_(a.group_ptr, n_columns(a.n_features) * n_groups(a.n_tokens)),
-        cursor_(a.cursor, 1),
-        arena_(a) {
-    arena_.counts = counts_.data();
-    arena_.index = index_.data();
-    arena_.values = values_.data();
-    arena_.group_ptr = group_ptr_.data();
-    arena_.cursor = cursor_.data();
-  }
-  const Arena& get() const { return arena_; }
-  void copy_back() {
-    counts_.copy_back();
-    index_.copy_back();
-    values_.copy_back();
-    group_ptr_.copy_back();
-    cursor_.copy_back();
-  }
-
- private:
-  Guarded<uint8_t> counts_;
-  Guarded<uint8_t> index_;
-  Guarded<uint8_t> values_;
-  Guarded<uint64_t> group_ptr_;
-  Guarded<unsigned long long> cursor_;
-  Arena arena_;
-};
+using GuardedArena = ArenaCopy<Guarded>;
+using GuardedEncoding = EncodingCopy<Guarded>;
 
 template <typename T>
 void encode(const T* x, int64_t row_stride, int64_t n_tokens, int64_t n_features, Stored stored, const Arena& out,
@@ -161,30 +125,6 @@ void canonical_copy(const Arena& original, const Sizes* tile_ptr, Sizes total, u
   guarded_index.copy_back();
   guarded_values.copy_back();
 }
-
-// A canonical encoding over arrays, guarded.
-class GuardedEncoding {
- public:
-  explicit GuardedEncoding(const cpu::Encoding& e)
-      : counts_(e.counts, n_columns(e.n_features) * e.n_tokens),
-        index_(e.index, e.index_bytes),
-        values_(static_cast<const uint8_t*>(e.values), e.n_values * item_bytes(e.dtype)),
-        tile_ptr_(e.tile_ptr, 2 * n_runs(e.n_tokens, e.n_features)),
-        encoding_(e) {
-    encoding_.counts = counts_.data();
-    encoding_.index = index_.data();
-    encoding_.values = values_.data();
-    encoding_.tile_ptr = tile_ptr_.data();
-  }
-  const cpu::Encoding& get() const { return encoding_; }
-
- private:
-  Guarded<const uint8_t> counts_;
-  Guarded<const uint8_t> index_;
-  Guarded<const uint8_t> values_;
-  Guarded<const int64_t> tile_ptr_;
-  cpu::Encoding encoding_;
-};
 
 template <typename T>
 struct DecodeShared {
@@ -253,13 +193,6 @@ void sparse_linear(int64_t n_tokens, int64_t n_features, const int64_t* crow, co
   guarded_out.copy_back();
 }
 
-void write_status(const cpu::Status& status, char* message, int64_t message_bytes) {
-  message[0] = '\0';
-  if (status.ok()) return;
-  std::snprintf(message, message_bytes, "%s (column %lld, token %lld)", cpu::describe(status.fault),
-                static_cast<long long>(status.column), static_cast<long long>(status.token));
-}
-
 }  // namespace
 
 extern "C" {
@@ -283,7 +216,6 @@ void emulated_canonical_copy(const Arena* arena, const Sizes* tile_ptr, const Si
   arena->dtype == DType::float32 ? run(static_cast<uint32_t*>(values)) : run(static_cast<uint16_t*>(values));
 }
 
-// message: empty, or what check_status says of the fault.
 void emulated_decode(int dtype, int64_t n_tokens, int64_t n_features, const uint8_t* counts, const uint8_t* index,
                      int64_t index_bytes, const void* values, int64_t n_values, const int64_t* tile_ptr,
                      bool signed_zero, void* out, char* message, int64_t message_bytes, uint32_t seed) {

@@ -101,10 +101,10 @@ Interpreter::Step Interpreter::block_barrier() {
   }
   Warp& w = *warp_;
   const uint64_t id = get(asks ? 1 : 0, std::countr_zero(mask_));
-  if (id >= w.cta->barriers.size()) fail("a barrier that is not there");
+  if (id >= w.cta->any_at_barrier.size()) fail("a barrier that is not there");
   if (w.at_barrier < 0) {
     w.at_barrier = static_cast<int>(id);
-    if (asks) each([&](int lane) { w.cta->barriers[id].any |= (get(2, lane) & 1) != 0; });
+    if (asks) each([&](int lane) { w.cta->any_at_barrier[id] |= (get(2, lane) & 1) != 0; });
     release_block(*w.cta, w.at_barrier);
     if (!w.released) return Step::blocked;
   }
@@ -122,9 +122,9 @@ void Interpreter::release_block(Cta& cta, int id) {
   for (const auto& warp : cta.warps) {
     if (warp->at_barrier != id) continue;
     warp->released = true;
-    warp->any_at_barrier = cta.barriers[id].any;
+    warp->any_at_barrier = cta.any_at_barrier[id];
   }
-  cta.barriers[id].any = false;
+  cta.any_at_barrier[id] = false;
   ++events_;
 }
 

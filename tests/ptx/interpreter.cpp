@@ -144,7 +144,7 @@ void Interpreter::end_warp() {
       }
     }
   }
-  for (int id = 0; id < static_cast<int>(cta.barriers.size()); ++id) release_block(cta, id);
+  for (int id = 0; id < static_cast<int>(cta.any_at_barrier.size()); ++id) release_block(cta, id);
   release_cluster();
   ++events_;
 }

@@ -66,10 +66,6 @@ struct Mbarrier {
   uint32_t phase;
 };
 
-struct BlockBarrier {
-  bool any = false;
-};
-
 // Who wrote a byte of shared memory.
 enum class Origin : uint8_t { nobody, threads, tma, tma_in_flight };
 
@@ -81,7 +77,7 @@ struct Cta {
   uint32_t memory_end = 0;
   std::vector<Origin> origin;
   std::map<uint32_t, Mbarrier> mbarriers;  // by offset
-  std::array<BlockBarrier, 16> barriers;
+  std::array<bool, 16> any_at_barrier{};   // of bar.red.or
   std::vector<std::unique_ptr<Warp>> warps;
   int alive_warps = 0;
 };

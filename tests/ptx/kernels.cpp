@@ -11,6 +11,7 @@
 
 #include "../../csrc/cuda/encoding.h"
 #include "../../csrc/cuda/linear_relu_encode.h"
+#include "../cuda_emulation/copies.h"
 
 using namespace pyfacts;
 using namespace pyfacts::cuda;
@@ -46,62 +47,8 @@ using Bytes = OnDevice<const uint8_t>;
 
 const uint8_t* bytes(const void* pointer) { return static_cast<const uint8_t*>(pointer); }
 
-int64_t extent(int64_t n_rows, int64_t row_stride, int64_t width) {
-  return n_rows > 0 && width > 0 ? (n_rows - 1) * row_stride + width : 0;
-}
-int64_t n_runs(int64_t n_tokens, int64_t n_features) { return n_columns(n_features) * n_tiles(n_tokens); }
-
-class ArenaOnDevice {
- public:
-  explicit ArenaOnDevice(const Arena& a)
-      : counts_(a.counts, n_columns(a.n_features) * a.n_tokens),
-        index_(a.index, a.index_capacity),
-        values_(a.values, a.values_capacity),
-        group_ptr_(a.group_ptr, n_columns(a.n_features) * n_groups(a.n_tokens)),
-        cursor_(a.cursor, 1),
-        arena_(a) {
-    arena_.counts = counts_.data();
-    arena_.index = index_.data();
-    arena_.values = values_.data();
-    arena_.group_ptr = group_ptr_.data();
-    arena_.cursor = cursor_.data();
-  }
-  const Arena& get() const { return arena_; }
-  void copy_back() const {
-    counts_.copy_back();
-    index_.copy_back();
-    values_.copy_back();
-    group_ptr_.copy_back();
-    cursor_.copy_back();
-  }
-
- private:
-  OnDevice<uint8_t> counts_, index_, values_;
-  OnDevice<uint64_t> group_ptr_;
-  OnDevice<unsigned long long> cursor_;
-  Arena arena_;
-};
-
-class EncodingOnDevice {
- public:
-  explicit EncodingOnDevice(const cpu::Encoding& e)
-      : counts_(e.counts, n_columns(e.n_features) * e.n_tokens),
-        index_(e.index, e.index_bytes),
-        values_(bytes(e.values), e.n_values * item_bytes(e.dtype)),
-        tile_ptr_(e.tile_ptr, 2 * n_runs(e.n_tokens, e.n_features)),
-        encoding_(e) {
-    encoding_.counts = counts_.data();
-    encoding_.index = index_.data();
-    encoding_.values = values_.data();
-    encoding_.tile_ptr = tile_ptr_.data();
-  }
-  const cpu::Encoding& get() const { return encoding_; }
-
- private:
-  Bytes counts_, index_, values_;
-  OnDevice<const int64_t> tile_ptr_;
-  cpu::Encoding encoding_;
-};
+using ArenaOnDevice = ArenaCopy<OnDevice>;
+using EncodingOnDevice = EncodingCopy<OnDevice>;
 
 // What `read` finds wrong with the planes.
 template <typename Read>
@@ -111,10 +58,7 @@ void report_fault(int64_t n_tokens, char* message, int64_t message_bytes, Read r
   check(read(first_fault.data()));
   cpu::Status status;
   check(verdict(first_fault.data(), n_tokens, &status, nullptr));
-  message[0] = '\0';
-  if (status.ok()) return;
-  std::snprintf(message, message_bytes, "%s (column %lld, token %lld)", cpu::describe(status.fault),
-                static_cast<long long>(status.column), static_cast<long long>(status.token));
+  write_status(status, message, message_bytes);
 }
 
 std::string wrong;
@@ -151,7 +95,7 @@ void emulated_encode(int dtype, const void* x, int64_t row_stride, int64_t n_tok
     // Rows stay as misaligned as they are.
     const int64_t shift = static_cast<int64_t>(reinterpret_cast<uintptr_t>(x) % kUnitBytes);
     const Bytes rows(bytes(x) - shift, shift + extent(n_tokens, row_stride, n_features) * item_bytes(type));
-    const ArenaOnDevice arena(*out);
+    ArenaOnDevice arena(*out);
     check(encode_out({type, rows.data() + shift, row_stride, n_tokens, n_features}, min_abs, signed_zero, arena.get(),
                      first_token, first_column, nullptr));
     arena.copy_back();
@@ -253,7 +197,7 @@ void emulated_linear_relu_encode(int dtype, int64_t n_tokens, int64_t n_features
     const Bytes weights(bytes(weight), extent(n_features, stride, d_in) * item);
     const Bytes biases(bytes(bias), n_features * item), thresholds(bytes(threshold), n_features * item);
     const OnDevice<uint8_t> h(static_cast<uint8_t*>(dense), extent(n_tokens, dense_stride, n_features) * item);
-    const ArenaOnDevice arena(*out);
+    ArenaOnDevice arena(*out);
     const Linear linear = {type,
                            n_tokens,
                            n_features,
