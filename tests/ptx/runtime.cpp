@@ -53,6 +53,7 @@ struct Device {
     std::istringstream files(names);
     for (std::string file; std::getline(files, file, ':');) {
       std::ifstream in(file);
+      if (!in) wrong = file + ": cannot be read";
       std::stringstream text;
       text << in.rdbuf();
       try {
@@ -109,7 +110,7 @@ cudaError_t launch(const void* function, dim3 grid, dim3 block, dim3 cluster, vo
     }
     return cudaSuccess;
   }
-  d.wrong = "no PTX for " + name->second;
+  if (d.wrong.empty()) d.wrong = "no PTX for " + name->second;  // unless what holds it could not be read
   return d.fail(cudaErrorNoKernelImageForDevice);
 }
 
