@@ -1,7 +1,8 @@
 // aten::linear multiplies float32 with MKL, which does not use AVX-512 on AMD: 190 GFLOP/s on two Zen 5 cores, where
-// oneDNN, which torch carries too, reaches 430 to 480. bfloat16 is oneDNN's either way; its inner product is 2 to 15 %
-// faster than the matmul that aten::linear takes. Weights in its own order make that 5 to 15 % of either dtype, once
-// 4,096 tokens repay the reordering; at 2,048 it depends on d_in, at 1,024 it costs more than it gains.
+// oneDNN, which torch carries too, reaches 430 to 480. With AVX2 MKL is the faster: 160 GFLOP/s on two Zen 3 cores, and
+// oneDNN 140. bfloat16 is oneDNN's either way; its inner product is 2 to 15 % faster than the matmul that aten::linear
+// takes. Weights in its own order make that 5 to 15 % of either dtype, once 4,096 tokens repay the reordering; at 2,048
+// it depends on d_in, at 1,024 it costs more than it gains.
 #include "product.h"
 
 #include <string>
@@ -13,12 +14,21 @@ namespace {
 constexpr int64_t kReorderFromTokens = 4096;
 constexpr int64_t kTransposeFromTokens = 512;
 
+bool cpu_has_avx512() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512f");
+#else
+  return false;
+#endif
+}
+
 bool has_whole_rows(const Tensor& matrix) { return matrix.stride(1) == 1 && matrix.stride(0) >= matrix.size(1); }
 
 // The weight as oneDNN multiplies it fast; none where aten::linear is faster. A part of a transposed float32 weight
 // would fall to oneDNN's reference code, a thousand times slower.
 std::optional<Tensor> onednn_weight(const Tensor& weight, int64_t n_tokens) {
   if (!onednn_has(weight.scalar_type()) || weight.size(1) == 0) return std::nullopt;
+  if (weight.scalar_type() == ScalarType::Float && !cpu_has_avx512()) return std::nullopt;
   if (!has_whole_rows(weight)) {
     if (weight.scalar_type() != ScalarType::Float || n_tokens < kTransposeFromTokens) return std::nullopt;
     return torch::stable::contiguous(weight);
