@@ -15,13 +15,13 @@ import types
 import pytest
 
 
-def sae_lens(module: str) -> types.ModuleType:
-    """SAELens' `sae_lens.saes.<module>`."""
+def sae_lens(module: str, package: str = "saes") -> types.ModuleType:
+    """SAELens' `sae_lens.<package>.<module>`."""
     transformer_lens = pytest.importorskip("transformer_lens.HookedRootModule")
     sys.modules.setdefault("transformer_lens.HookedTransformer", transformer_lens)  # its name before TransformerLens 4
     _enter("sae_lens", __version__="6.54.12", logger=logging.getLogger("sae_lens"))
-    _enter("sae_lens.saes")
-    return importlib.import_module(f"sae_lens.saes.{module}")
+    _enter(f"sae_lens.{package}")
+    return importlib.import_module(f"sae_lens.{package}.{module}")
 
 
 def dictionary_learning(module: str) -> types.ModuleType:

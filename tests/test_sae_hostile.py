@@ -45,6 +45,13 @@ def gemma_scope(folder: Path, **changes: np.ndarray) -> Path:
     return folder / "params.npz"
 
 
+def gemma_scope_2(folder: Path, config: dict | None = None, **changes: torch.Tensor | None) -> Path:
+    fields = {"architecture": "jump_relu", "hf_hook_point_in": "model.layers.3.output", **(config or {})}
+    (folder / "config.json").write_text(json.dumps(fields))
+    shapes = {name.lower(): shape for name, shape in MATRICES.items()}
+    return safetensors_file(folder / "params.safetensors", {**shapes, "threshold": (D_SAE,)}, changes)
+
+
 def batch_topk(folder: Path, config: dict | None = None, **changes: object) -> Path:
     state = ones({"encoder.weight": (D_SAE, D_IN), "encoder.bias": (D_SAE,), "decoder.weight": (D_IN, D_SAE)})
     state |= {"b_dec": torch.ones(D_IN), "k": torch.tensor(2, dtype=torch.int), "threshold": torch.tensor(0.5)}
@@ -55,7 +62,7 @@ def batch_topk(folder: Path, config: dict | None = None, **changes: object) -> P
     return folder / "ae.pt"
 
 
-FORMATS = [sae_lens, sparsify, gemma_scope, batch_topk]
+FORMATS = [sae_lens, sparsify, gemma_scope, gemma_scope_2, batch_topk]
 NAN = torch.full((D_SAE,), float("nan"))
 
 
@@ -272,6 +279,27 @@ def test_a_transcoder_of_gemma_scope(tmp_path):
     folder.mkdir(parents=True)
     with pytest.raises(pyfacts.CheckpointError, match="is a transcoder's"):
         pyfacts.load_sae(gemma_scope(folder))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"hf_hook_point_out": "model.layers.3.post_feedforward_layernorm.output"}, {"affine_connection": True}],
+)
+def test_a_transcoder_of_gemma_scope_2(tmp_path, config):
+    gemma_scope_2(tmp_path, config)
+    refused(tmp_path, "params.safetensors", "is a transcoder's")
+
+
+def test_gemma_scope_2_refuses(tmp_path):
+    gemma_scope_2(tmp_path, {"architecture": "topk"})
+    refused(tmp_path, "config.json: 'architecture' must be 'jump_relu', got 'topk'")
+    gemma_scope_2(tmp_path, affine_skip_connection=torch.ones(D_IN, D_IN))
+    refused(tmp_path, "affine_skip_connection")
+    gemma_scope_2(tmp_path, w_enc=torch.ones(D_IN, 2, D_SAE))
+    refused(tmp_path, "params.safetensors: 'w_enc' must be a matrix")
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"config.json is missing"):
+        pyfacts.load_sae(tmp_path)
 
 
 def test_an_sae_of_gemmas_embedding(tmp_path):

@@ -179,20 +179,73 @@ def test_sae_lens_of_a_model_that_was_loaded_centred(tmp_path):
 # ---- Gemma Scope -------------------------------------------------------------------------------------------------
 
 
-def test_gemma_scope(tmp_path):
-    """There is no library to save it; the numbers are those of the tutorial that came with it."""
+def gemma_scope_weights() -> dict[str, torch.Tensor]:
+    """There is no library that saves them."""
     draw = np.random.default_rng(0).standard_normal
     W_enc, W_dec = draw((D_IN, D_SAE)) * 0.3, draw((D_SAE, D_IN))
     weights = {"W_enc": W_enc, "W_dec": W_dec, "b_enc": draw(D_SAE), "b_dec": draw(D_IN), "threshold": draw(D_SAE) + 1}
-    weights = {name: array.astype(np.float32) for name, array in weights.items()}
-    np.savez(tmp_path / "params.npz", **weights)
+    return {name: torch.from_numpy(array.astype(np.float32)) for name, array in weights.items()}
 
-    exact = {name: torch.from_numpy(array).double() for name, array in weights.items()}
+
+def test_gemma_scope(tmp_path):
+    """The numbers are those of the tutorial that came with it."""
+    weights = gemma_scope_weights()
+    np.savez(tmp_path / "params.npz", **{name: tensor.numpy() for name, tensor in weights.items()})
+
+    exact = {name: tensor.double() for name, tensor in weights.items()}
     z = X.double() @ exact["W_enc"] + exact["b_enc"]
     latents = (z > exact["threshold"]) * z.relu()
     sae = pyfacts.load_sae(tmp_path / "params.npz")
     check(sae, latents, latents @ exact["W_dec"] + exact["b_dec"])
     assert (sae.source_format, sae.architecture) == ("gemma_scope", "jumprelu")
+
+
+@pytest.mark.parametrize(
+    ("folder", "place", "theirs", "ours"),
+    [
+        ("resid_post", "model.layers.5.output", "blocks.5.hook_resid_post", "blocks.5.hook_resid_post"),
+        (
+            "mlp_out_all",
+            "model.layers.17.post_feedforward_layernorm.output",
+            "blocks.17.hook_mlp_out",
+            "blocks.17.hook_mlp_out",
+        ),
+        (
+            "attn_out",
+            "model.layers.5.self_attn.o_proj.input",
+            "blocks.5.attn.hook_z",
+            "model.layers.5.self_attn.o_proj",
+        ),
+    ],
+)
+def test_gemma_scope_2(tmp_path, monkeypatch, folder, place, theirs, ours):
+    """As SAELens, which downloads it, reads it."""
+    layer = place.split(".")[2]
+    directory = tmp_path / folder / f"layer_{layer}_width_16k_l0_medium"
+    directory.mkdir(parents=True)
+    weights = {name.lower(): tensor for name, tensor in gemma_scope_weights().items()}
+    safetensors.torch.save_file(weights, directory / "params.safetensors")
+    config = {"architecture": "jump_relu", "model_name": "gemma-v3-1b-pt", "hf_hook_point_in": place, "l0": 60}
+    (directory / "config.json").write_text(json.dumps(config))
+
+    loaders = sae_lens("pretrained_sae_loaders", package="loading")
+    monkeypatch.setattr(
+        loaders, "hf_hub_download", lambda repo_id, filename, subfolder="", **_: tmp_path / subfolder / filename
+    )
+    shapes = {name: list(tensor.shape) for name, tensor in weights.items()}
+    monkeypatch.setattr(loaders, "get_safetensors_tensor_shapes", lambda repo_id, filename: shapes)
+    fields, state, _ = loaders.gemma_3_sae_huggingface_loader("google/x", str(directory.relative_to(tmp_path)))
+    assert fields["hook_name"] == theirs
+    classes = sae_lens("jumprelu_sae")
+    fields = {name: fields[name] for name in ("d_in", "d_sae", "apply_b_dec_to_input", "normalize_activations")}
+    reference = classes.JumpReLUSAE(classes.JumpReLUSAEConfig(**fields))
+    reference.load_state_dict(state)
+    reference.double()
+    with torch.no_grad():
+        latents = reference.encode(X.double())
+        sae = pyfacts.load_sae(directory)
+        check(sae, latents, reference.decode(latents))
+    assert (sae.source_format, sae.hook_name) == ("gemma_scope", ours)
 
 
 # ---- sparsify ----------------------------------------------------------------------------------------------------

@@ -1,8 +1,11 @@
-"""Gemma Scope's `params.npz`: a JumpReLU SAE whose numbers are used as they stand.
+"""Gemma Scope's JumpReLU SAEs, whose numbers are used as they stand.
 
-The file does not say where in Gemma it belongs; its directory's name does, so `hook_name` is None. Nor does it say that
-it is a transcoder, of which Gemma Scope has some: a path with their repository's name is refused. An SAE of the
-embedding, told by its directory, reads the table's rows, which no module of a model hands out: a warning says so.
+Those of Gemma 2 are in `params.npz`, which does not say where in the model it belongs; its directory's name does, so
+`hook_name` is None. Nor does it say that it is a transcoder, of which Gemma Scope has some: a path with their
+repository's name is refused. An SAE of the embedding, told by its directory, reads the table's rows, which no module of
+a model hands out: a warning says so.
+
+Those of Gemma 3 (Gemma Scope 2) are in `params.safetensors` with a config.json, which tells of both.
 """
 
 import re
@@ -12,7 +15,8 @@ import torch
 
 from ..errors import CheckpointError
 from ..warn import warn
-from .files import read_npz
+from .checkpoint import Config, Tensors
+from .files import read_npz, read_safetensors
 from .fold import folded
 from .record import SAE
 
@@ -20,24 +24,63 @@ TRANSCODERS = re.compile(r"gemma-scope[^/]*transcoder")
 
 EMBEDDING = re.compile(r"(^|/)embedding/width_")
 
+HOOK_NAMES = {
+    r"model\.layers\.(\d+)\.output": r"blocks.\1.hook_resid_post",
+    r"model\.layers\.(\d+)\.post_feedforward_layernorm\.output": r"blocks.\1.hook_mlp_out",
+    r"(model\.layers\.\d+\.self_attn\.o_proj)\.input": r"\1",  # a module's path is the hook of its input
+}
+"""Gemma Scope 2's names of a place in the model, and ours."""
 
-def load(path: Path, dtype: torch.dtype | None) -> SAE:
+
+def load_npz(path: Path, dtype: torch.dtype | None) -> SAE:
     if TRANSCODERS.search(str(path.absolute())):
-        raise CheckpointError(
-            path, None, "is a transcoder's, which predicts another module's output; pyfacts loads autoencoders"
-        )
+        raise _transcoder(path)
     if EMBEDDING.search(str(path.absolute())):
         warn(
             f"{path}: an SAE of the embedding reads rows of embed_tokens.weight; what Gemma's embedding hands out, and "
             "hooks see, is sqrt(d_model) times those"
         )
-    tensors = read_npz(path)
-    d_in, d_sae = tensors.matrix_shape("W_enc")
-    dtype = dtype or tensors.dtype("W_enc")
-    weight = tensors.rows("W_enc", (d_in, d_sae), dtype, transpose=True)
-    W_dec = tensors.rows("W_dec", (d_sae, d_in), dtype)
+    return _load(read_npz(path), "W_enc", "W_dec", dtype, hook_name=None)
+
+
+def load_safetensors(path: Path, dtype: torch.dtype | None) -> SAE:
+    config = Config.read(path.parent / "config.json")
+    config.expect("architecture", "jump_relu", "Gemma Scope has no other")
+    place = config.text("hf_hook_point_in")
+    if config.text("hf_hook_point_out") not in (None, place) or config.flag("affine_connection", False):
+        raise _transcoder(path)
+    return _load(read_safetensors(path), "w_enc", "w_dec", dtype, hook_name=place and _hook_name(place))
+
+
+def _load(tensors: Tensors, encoder: str, decoder: str, dtype: torch.dtype | None, hook_name: str | None) -> SAE:
+    d_in, d_sae = tensors.matrix_shape(encoder)
+    dtype = dtype or tensors.dtype(encoder)
+    weight = tensors.rows(encoder, (d_in, d_sae), dtype, transpose=True)
+    W_dec = tensors.rows(decoder, (d_sae, d_in), dtype)
     b_enc = tensors.vector("b_enc", d_sae)
     b_dec = tensors.vector("b_dec", d_in)
     threshold = tensors.vector("threshold", d_sae)
     tensors.finish()
-    return folded(weight, b_enc, W_dec, b_dec, threshold, activation="jumprelu", source_format="gemma_scope")
+    return folded(
+        weight,
+        b_enc,
+        W_dec,
+        b_dec,
+        threshold,
+        activation="jumprelu",
+        hook_name=hook_name,
+        source_format="gemma_scope",
+    )
+
+
+def _hook_name(place: str) -> str:
+    for pattern, name in HOOK_NAMES.items():
+        if match := re.fullmatch(pattern, place):
+            return match.expand(name)
+    return place
+
+
+def _transcoder(path: Path) -> CheckpointError:
+    return CheckpointError(
+        path, None, "is a transcoder's, which predicts another module's output; pyfacts loads autoencoders"
+    )

@@ -14,10 +14,11 @@ from .record import SAE
 LOADERS: dict[str, Callable[[Path, torch.dtype | None], SAE]] = {
     "sae_weights.safetensors": sae_lens.load,
     "sae.safetensors": sparsify.load,
-    "params.npz": gemma_scope.load,
+    "params.npz": gemma_scope.load_npz,
+    "params.safetensors": gemma_scope.load_safetensors,
     "ae.pt": dictionary_learning.load,
 }
-SUFFIXES = {".npz": gemma_scope.load, ".pt": dictionary_learning.load}
+SUFFIXES = {".npz": gemma_scope.load_npz, ".pt": dictionary_learning.load}
 
 
 def load_sae(path: str | os.PathLike[str], device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> SAE:
@@ -25,7 +26,7 @@ def load_sae(path: str | os.PathLike[str], device: torch.device | str = "cpu", d
 
     - SAELens: a directory with cfg.json and sae_weights.safetensors; architectures standard, topk, jumprelu, gated,
       and training checkpoints of batchtopk and matryoshka_batchtopk.
-    - Gemma Scope: `params.npz`.
+    - Gemma Scope: `params.npz`; and Gemma Scope 2: a directory with config.json and params.safetensors.
     - EleutherAI sparsify: a directory with cfg.json and sae.safetensors; TopK.
     - dictionary_learning: `ae.pt`, with its config.json beside it, or above `checkpoints/`; AutoEncoder,
       AutoEncoderNew, GatedAutoEncoder, AutoEncoderTopK, BatchTopKSAE, MatryoshkaBatchTopKSAE, JumpReluAutoEncoder.
