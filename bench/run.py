@@ -37,8 +37,7 @@ def main() -> None:
         path = RESULTS / f"{slug(figures['machine'])}.json"
         path.write_text(json.dumps(rounded(figures), indent=1) + "\n")
         print(f"wrote {path.relative_to(ROOT)}")
-    committed = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    for path, text in tables.documents(committed, ROOT).items():
+    for path, text in tables.documents(ROOT).items():
         path.write_text(text)
         print(f"wrote {path.relative_to(ROOT)}")
 

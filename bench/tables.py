@@ -1,5 +1,6 @@
 """The figures as tables: README's, of what has an aim, and bench/RESULTS.md, all of every machine."""
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -44,8 +45,10 @@ def misses(cell: str, aim: str) -> bool:
     return max(values) > bounds[0] if relation == "≤" else min(values) < bounds[0]
 
 
-def documents(machines: Sequence[Figures], root: Path) -> dict[Path, str]:
-    """The files that show figures, with their text."""
+def documents(root: Path) -> dict[Path, str]:
+    """The files that show the committed figures, with their text; the newest CPUs first."""
+    paths = sorted((root / "bench" / "results").glob("*.json"), reverse=True)
+    machines = [json.loads(path.read_text()) for path in paths]
     readme = root / "README.md"
     return {readme: with_figures(readme.read_text(), machines), root / "bench" / "RESULTS.md": results(machines)}
 
@@ -71,9 +74,11 @@ def summary(machines: Sequence[Figures]) -> str:
     by_machine = [
         {(line.measure, line.beside): line for line in speed(Rows(figures)) if line.aim} for figures in machines
     ]
-    for key, line in by_machine[0].items():
-        cells = [cell for found in by_machine for cell in (found[key].marked() if key in found else ("–", "–"))]
-        lines.append(cells_of([line.measure, *cells, line.aim, line.beside]))
+    aims = {key: line.aim for found in by_machine for key, line in found.items()}
+    for (measure, beside), aim in aims.items():
+        known = [found.get((measure, beside)) for found in by_machine]
+        cells = [cell for line in known for cell in (line.marked() if line else ("–", "–"))]
+        lines.append(cells_of([measure, *cells, aim, beside]))
     return "\n".join([*lines, "", sizes(Rows(machines[0]))]) + "\n"
 
 
@@ -111,10 +116,10 @@ class Rows:
     """The rows of one machine, found by what they say."""
 
     def __init__(self, figures: Figures) -> None:
-        self._rows, self._isa = figures["rows"], figures["machine"]["isa"]
+        self._rows, self.best_isa = figures["rows"], figures["machine"]["isa"]
 
     def find(self, **facts: Any) -> list[Row]:
-        facts = {"isa": self._isa} | facts
+        facts = {"isa": self.best_isa} | facts
         return [row for row in self._rows if all(row.get(key) == value for key, value in facts.items())]
 
     def one(self, **facts: Any) -> Row:
@@ -156,7 +161,7 @@ def encoding(rows: Rows) -> Iterator[Line]:
         low, high = (spread(rows.find(op="encode", dtype=dtype, shape=wide), peer) for dtype in DTYPES)
         yield Line("encode, slowest and fastest of 1 to 10%", (low, high), f"`{peer}`", aim)
     for op, aim in (("encode", "≥ 0.5x"), ("decode", "")):
-        if rows.find(isa="avx2"):
+        if rows.best_isa != "avx2" and rows.find(isa="avx2"):
             narrow, full = (f"{avx2_share(rows, op, dtype):.2f}x" for dtype in DTYPES)
             yield Line(f"{op} with AVX2, slowest of 1 to 10%", (narrow, full), "itself with AVX-512", aim)
 
@@ -194,10 +199,13 @@ def encoders(rows: Rows) -> Iterator[Line]:
     }
     for op, (name, peers) in of_op.items():
         for n_tokens, n_features in sorted({tuple(row["shape"]) for row in rows.find(op=op)}):
-            found = rows.of_dtypes(op=op, shape=[n_tokens, n_features])
-            measure = f"{name}, {found[0]['d_in']:,} to {n_features:,}, {n_tokens:,} tokens, two cores"
+            case = {row["dtype"]: row for row in rows.find(op=op, shape=[n_tokens, n_features])}
+            measure = f"{name}, {case['float32']['d_in']:,} to {n_features:,}, {n_tokens:,} tokens, two cores"
             for peer, aims in peers.items():
-                first, second = (f"{1 / row['peers'][peer]['ratio']:.2f} of the time" for row in found)
+                first, second = (
+                    f"{1 / case[dtype]['peers'][peer]['ratio']:.2f} of the time" if dtype in case else ""
+                    for dtype in DTYPES
+                )
                 yield Line(measure, (first, second), f"`{peer}`", aims.get(n_features, ""))
 
 
@@ -214,7 +222,7 @@ def sparse_linear(rows: Rows) -> Iterator[Line]:
             ("linear", "`linear` of the dense matrix", "≥ 5x"),
             ("CSR @ W_dec", "`torch.sparse` CSR @ W_dec", "> 1x"),
         ):
-            first, second = (f"{case[d][peer]['ratio']:.3g}x" if peer in case[d] else "" for d in DTYPES)
+            first, second = (f"{case[d][peer]['ratio']:.3g}x" if peer in case.get(d, {}) else "" for d in DTYPES)
             yield Line(measure, (first, second), beside, aim if density == 0.01 else "")
 
 
