@@ -23,7 +23,8 @@ __m256i load256(const uint8_t* bytes) { return _mm256_loadu_si256(reinterpret_ca
 void store256(uint8_t* bytes, __m256i x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(bytes), x); }
 
 struct Avx2 {
-  static constexpr int64_t kFew = 12, kSome = kMaxPositions;
+  static constexpr int64_t kFewest = 4, kFew = 12, kSome = kMaxPositions;
+  static constexpr bool kSpread = true;
   static void flush() {}
 
   static void clear(uint8_t* out, int64_t n_bytes) {
@@ -95,14 +96,10 @@ struct Avx2 {
   }
 
   template <typename T, Rule rule>
-  static void make_bitmap(const uint8_t* x, const Predicate& p, const uint8_t* thresholds, uint64_t* words) {
-    constexpr int64_t kHalfWordBytes = 32 * sizeof(T);
-    for (int64_t i = 0; i < 4; ++i) {
-      const int64_t low = 2 * i * kHalfWordBytes;
-      const int64_t high = low + kHalfWordBytes;
-      words[i] = bitmap32<T, rule>(x + low, p, advance<rule>(thresholds, low)) |
-                 uint64_t{bitmap32<T, rule>(x + high, p, advance<rule>(thresholds, high))} << 32;
-    }
+  static uint64_t bitmap_word(const uint8_t* x, const Predicate& p, const uint8_t* thresholds) {
+    constexpr int64_t kHalf = 32 * sizeof(T);
+    return bitmap32<T, rule>(x, p, thresholds) |
+           uint64_t{bitmap32<T, rule>(x + kHalf, p, advance<rule>(thresholds, kHalf))} << 32;
   }
 
   template <typename T>

@@ -9,7 +9,7 @@ namespace pyfacts::cpu {
 namespace {
 
 struct Avx512 : Avx512Common {
-  static constexpr int64_t kFew = 12, kSome = kFew;
+  static constexpr int64_t kFewest = -1, kFew = 12, kSome = kFew;
   template <typename T>
   static void pack(const uint8_t* x, const uint64_t* words, uint8_t* values) {
     if constexpr (sizeof(T) == 4) {

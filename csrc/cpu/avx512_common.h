@@ -51,16 +51,16 @@ struct Avx512Common {
     }
   }
 
+  static constexpr bool kSpread = false;
+
   template <typename T, Rule rule>
-  static void make_bitmap(const uint8_t* x, const Predicate& p, const uint8_t* thresholds, uint64_t* words) {
-    constexpr int64_t kLanes = 64 / sizeof(T);
-    for (int64_t i = 0; i < 4; ++i) {
-      words[i] = 0;
-      for (int64_t lane = 0; lane < 64; lane += kLanes) {
-        const int64_t at = (64 * i + lane) * sizeof(T);
-        words[i] |= stored<T, rule>(_mm512_loadu_si512(x + at), p, advance<rule>(thresholds, at)) << lane;
-      }
+  static uint64_t bitmap_word(const uint8_t* x, const Predicate& p, const uint8_t* thresholds) {
+    uint64_t word = 0;
+    for (int64_t lane = 0; lane < 64; lane += 64 / sizeof(T)) {
+      const int64_t at = lane * sizeof(T);
+      word |= stored<T, rule>(_mm512_loadu_si512(x + at), p, advance<rule>(thresholds, at)) << lane;
     }
+    return word;
   }
 
   // vpcompressd to a register, then a whole store: to memory it is microcoded on Zen 4.

@@ -5,7 +5,7 @@ namespace pyfacts::cpu {
 namespace {
 
 struct Avx512Vbmi2 : Avx512Common {
-  static constexpr int64_t kFew = -1, kSome = kFew;  // pack_both costs the same at every count
+  static constexpr int64_t kFewest = -1, kFew = -1, kSome = -1;  // pack_both costs the same at every count
   static void flush() {}
 
   // To registers, then whole stores: to memory vpcompressw is microcoded on Zen 4 (1.5-2 GB/s).

@@ -2,7 +2,7 @@
 //
 // A class `Isa` supplies the vector steps, all on one segment of 256 elements, whose bitmap is four 64-bit words:
 //
-//   make_bitmap<T, rule>(x, predicate, thresholds, words)  one bit per element: whether it is stored
+//   bitmap_word<T, rule>(x, predicate, thresholds)         one bit for each of 64 elements: whether it is stored
 //   pack<T>(x, words, values)                              the stored values; writes up to 64 bytes beyond them
 //   pack_both<T>(x, words, n, index, values)               and their positions; ditto; may be put off until flush()
 //   unpack<T>(values, words, out)                          the reverse of pack, zeros included; reads 64 bytes beyond
@@ -15,8 +15,9 @@
 //   list_positions(index, first, inner)                    kLanes positions as 32-bit numbers, counted on from first
 //   clear(out, n_bytes)                                    whole lines of 64 bytes
 //   move_line(from, to), stream_line(from, to)             one line, `to` aligned; end_streaming() ends the latter
-//   kFew, kSome                                            up to so many values pack_few, of 4 or of 8 steps, is faster
+//   kFewest, kFew, kSome                                   up to so many values pack_few, of 2, 4 or 8 steps, is faster
 //                                                          than pack_both
+//   kSpread                                                whether to prefetch a quarter of a segment at a time
 //
 // Everything is in an anonymous namespace: each instruction set has its own copy, compiled with its own flags.
 #pragma once
@@ -88,14 +89,33 @@ constexpr BitPositions kBitPositions;
 // Rows between the prefetch and the use of a row's part of a group. First into L2, where more misses can be in flight
 // than in L1 (Zen 4 reads 16 columns at 21 GB/s with it, and at 10 without or into L1). Then into L1: on Zen 5, a load
 // that misses L1 beside the stores of other segments may wait for them, and fp32 was read at 15 to 27 GB/s by chance of
-// the addresses; in L1 already, always at 30.
+// the addresses; in L1 already, always at 30. With AVX2, on Zen 3, it is L1 alone, a quarter of a segment before each
+// quarter that is read: 10 % faster than a whole one, which keeps the work that should overlap it waiting.
 constexpr int64_t kRowsToL2 = 3;
 constexpr int64_t kRowsToL1 = 2;
+
+inline void prefetch_to_l1(const uint8_t* x, int64_t n_bytes) {
+  for (int64_t i = 0; i < n_bytes; i += kLineBytes) {
+    _mm_prefetch(reinterpret_cast<const char*>(x + i), _MM_HINT_T0);
+  }
+}
 
 inline void prefetch(const uint8_t* to_l2, const uint8_t* to_l1, int64_t n_bytes) {
   for (int64_t i = 0; i < n_bytes; i += kLineBytes) {
     _mm_prefetch(reinterpret_cast<const char*>(to_l2 + i), _MM_HINT_T1);
-    _mm_prefetch(reinterpret_cast<const char*>(to_l1 + i), _MM_HINT_T0);
+    prefetch_to_l1(to_l1 + i, kLineBytes);
+  }
+}
+
+// next: 256 elements to prefetch on the way if kSpread, or nullptr.
+template <typename Isa, typename T, Rule rule>
+void make_bitmap(const uint8_t* x, const Predicate& predicate, const uint8_t* thresholds, const uint8_t* next,
+                 uint64_t* words) {
+  constexpr int64_t kWordBytes = 64 * sizeof(T);
+  for (int64_t i = 0; i < 4; ++i) {
+    const int64_t at = i * kWordBytes;
+    if (Isa::kSpread && next != nullptr) prefetch_to_l1(next + at, kWordBytes);
+    words[i] = Isa::template bitmap_word<T, rule>(x + at, predicate, advance<rule>(thresholds, at));
   }
 }
 
@@ -138,12 +158,14 @@ inline uint8_t count_byte(int64_t n) { return static_cast<uint8_t>(n < kCountSat
 // Appends one segment to its column; returns its exact count.
 template <typename Isa, typename T, Rule rule>
 int64_t encode_segment(Isa& isa, const uint8_t* x, const Predicate& predicate, const uint8_t* thresholds,
-                       int64_t bitmap_bytes, uint8_t*& index, uint8_t*& values) {
+                       int64_t bitmap_bytes, const uint8_t* next, uint8_t*& index, uint8_t*& values) {
   uint64_t words[4];
-  Isa::template make_bitmap<T, rule>(x, predicate, thresholds, words);
+  make_bitmap<Isa, T, rule>(x, predicate, thresholds, next, words);
   const int64_t n = popcount(words);
   if (n <= bitmap_bytes) {
-    if (n <= Isa::kFew) {
+    if (n <= Isa::kFewest) {
+      if (n > 0) pack_few<T, 2>(x, words, index, values);
+    } else if (n <= Isa::kFew) {
       pack_few<T, 4>(x, words, index, values);
     } else if (n <= Isa::kSome) {
       pack_few<T, 8>(x, words, index, values);
@@ -183,16 +205,16 @@ void encode_rows(const EncodeTile& tile) {
     const uint8_t* const to_l1 = ahead(kRowsToL1);
     uint8_t* const counts = tile.counts + row;
     for (int64_t c = 0; c < n_full; ++c) {
-      prefetch(to_l2 + c * kSegmentBytes, to_l1 + c * kSegmentBytes, kSegmentBytes);
-      counts[c * kTileTokens] = count_byte(encode_segment<Isa, T, rule>(isa, x + c * kSegmentBytes, dense.predicate,
-                                                                        thresholds_of<rule, T>(dense, c),
-                                                                        kColumnWidth / 8, index[c], values[c]));
+      if (!Isa::kSpread) prefetch(to_l2 + c * kSegmentBytes, to_l1 + c * kSegmentBytes, kSegmentBytes);
+      counts[c * kTileTokens] = count_byte(
+          encode_segment<Isa, T, rule>(isa, x + c * kSegmentBytes, dense.predicate, thresholds_of<rule, T>(dense, c),
+                                       kColumnWidth / 8, to_l1 + c * kSegmentBytes, index[c], values[c]));
     }
     if (!narrow) continue;
     std::memcpy(padded, x + n_full * kSegmentBytes, dense.last_width * sizeof(T));
     counts[n_full * kTileTokens] =
         count_byte(encode_segment<Isa, T, rule>(isa, padded, dense.predicate, thresholds_of<rule, T>(dense, n_full),
-                                                (dense.last_width + 7) / 8, index[n_full], values[n_full]));
+                                                (dense.last_width + 7) / 8, nullptr, index[n_full], values[n_full]));
   }
   isa.flush();
   std::memcpy(tile.index, index, dense.n_columns * sizeof(index[0]));
@@ -220,8 +242,8 @@ void count_rows(const CountTile& tile) {
     for (int64_t c = 0; c < dense.n_columns; ++c, x += kSegmentBytes) {
       if (c == n_full) std::memcpy(padded, x, dense.last_width * sizeof(T));
       uint64_t words[4];
-      Isa::template make_bitmap<T, rule>(c == n_full ? padded : x, dense.predicate, thresholds_of<rule, T>(dense, c),
-                                         words);
+      make_bitmap<Isa, T, rule>(c == n_full ? padded : x, dense.predicate, thresholds_of<rule, T>(dense, c), nullptr,
+                                words);
       const int64_t n = popcount(words);
       counts[row * dense.n_columns + c] = count_byte(n);
       n_values[c] += n;
@@ -240,8 +262,8 @@ void search(const Search& search) {
   const bool narrow = search.width < kColumnWidth;
   if (narrow) std::memcpy(padded, search.x, search.width * sizeof(T));
   const auto floor = static_cast<T>(search.floor);
-  Isa::template make_bitmap<T, Rule::floor>(narrow ? padded : search.x, search.predicate,
-                                            reinterpret_cast<const uint8_t*>(&floor), search.found);
+  make_bitmap<Isa, T, Rule::floor>(narrow ? padded : search.x, search.predicate,
+                                   reinterpret_cast<const uint8_t*>(&floor), nullptr, search.found);
 }
 
 // ---- Decode ---------------------------------------------------------------------------------------------------
