@@ -192,9 +192,9 @@ Planes encode(const Tensor& x, double min_abs, bool signed_zero) {
 }
 
 // The word on the GPU in which a kernel that reads an encoding reports what is wrong with it.
-class Fault {
+class FaultWord {
  public:
-  explicit Fault(const Tensor& like) : word_(new_empty(like, {1}, ScalarType::Long)) {}
+  explicit FaultWord(const Tensor& like) : word_(new_empty(like, {1}, ScalarType::Long)) {}
   cuda::FaultKey* word() const { return static_cast<cuda::FaultKey*>(word_.mutable_data_ptr()); }
   // Waits, and complains.
   void check(const cpu::Encoding& encoding, cudaStream_t stream, const char* what) const {
@@ -216,7 +216,7 @@ void decode_out(const Tensor& counts, const Tensor& index, const Tensor& values,
                   encoding.n_tokens, ", ", n_features, "] with whole rows");
   const DeviceGuard guard(values.get_device());
   const cudaStream_t stream = current_stream(values);
-  const Fault fault(values);
+  const FaultWord fault(values);
   check_cuda(cuda::decode(encoding, signed_zero, out.mutable_data_ptr(), out.stride(0), fault.word(), stream),
              "decode");
   fault.check(encoding, stream, "decode");
@@ -303,7 +303,7 @@ cuda::Csr pointers(const CsrTensors& rows) {
 }
 
 // What it writes is to be trusted once `fault` is checked.
-CsrTensors list_rows(const cpu::Encoding& encoding, const Tensor& like, const Fault& fault, cudaStream_t stream) {
+CsrTensors list_rows(const cpu::Encoding& encoding, const Tensor& like, const FaultWord& fault, cudaStream_t stream) {
   CsrTensors rows = {new_empty(like, {encoding.n_tokens + 1}, ScalarType::Long),
                      new_empty(like, {encoding.n_values}, ScalarType::Long),
                      new_empty(like, {encoding.n_values}, like.scalar_type())};
@@ -319,7 +319,7 @@ CsrTensors to_csr(const Tensor& counts, const Tensor& index, const Tensor& value
   const cpu::Encoding encoding = view(counts, index, values, tile_ptr, n_features);
   const DeviceGuard guard(values.get_device());
   const cudaStream_t stream = current_stream(values);
-  const Fault fault(values);
+  const FaultWord fault(values);
   CsrTensors rows = list_rows(encoding, values, fault, stream);
   fault.check(encoding, stream, "to_csr");
   return rows;
@@ -341,7 +341,7 @@ Tensor sparse_linear(const Tensor& counts, const Tensor& index, const Tensor& va
   }
   Tensor out = new_empty(values, {encoding.n_tokens, d_out}, values.scalar_type());
   const cudaStream_t stream = current_stream(values);
-  const Fault fault(values);
+  const FaultWord fault(values);
   const CsrTensors rows = list_rows(encoding, values, fault, stream);
   check_cuda(cuda::sparse_linear(encoding.dtype, encoding.n_tokens, pointers(rows), w.const_data_ptr(), w.stride(0),
                                  b.has_value() ? b->const_data_ptr() : nullptr, d_out, out.mutable_data_ptr(),

@@ -104,9 +104,12 @@ class capture:
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._stream.__exit__(exc_type, exc, traceback)
-        cache = self._cache
-        del self._stream, self._cache
+        stream, cache = self._stream, self._cache
+        del self._stream
+        try:
+            stream.__exit__(exc_type, exc, traceback)
+        finally:
+            del self._cache
         silent = [point.name for point in self._points if not cache.n_forwards(point.name)]
         if silent and exc_type is None:
             raise never_fired(silent)

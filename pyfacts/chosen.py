@@ -38,6 +38,8 @@ def chosen_tokens(tokens: Any, n_tokens: int, hint: str = "") -> Chosen:
         if indices.shape != (n_tokens,):
             raise ValueError(f"bools that choose tokens must be [{n_tokens}], got shape {indices.shape}")
         return indices.nonzero()[0]
+    if indices.dtype == np.uint8 and hasattr(tokens, "detach"):
+        raise TypeError("tokens must be integers or bools [n]; torch takes uint8 for a mask: give .bool(), or .long()")
     if indices.ndim != 1 or (len(indices) and indices.dtype.kind not in "iu"):
         raise TypeError(f"tokens must be integers or bools [n], got {indices.dtype} of shape {indices.shape}")
     if wrong := indices[(indices < -n_tokens) | (indices >= n_tokens)].tolist():

@@ -206,8 +206,8 @@ def encode(x: Tensor, min_abs: float = 0.0, signed_zero: bool = False) -> Encode
         x: float32, bfloat16 or float16 [n_tokens, n_features], of any strides, on the CPU or, if pyfacts was built with
             its CUDA kernels, on an NVIDIA GPU. There it takes buffers as large as x while it packs, and waits for the
             GPU once, for the sizes.
-        min_abs: store a value only if |x| > min_abs or it is NaN. Above 0 this is lossy: `dropped_share` of the result
-            says how much of the squared norm went.
+        min_abs: store a value only if |x| > min_abs or it is NaN (or, with signed_zero, -0.0). Above 0 this is lossy:
+            `dropped_share` of the result says how much of the squared norm went.
         signed_zero: store -0.0 too, so that decoding gives x back in every bit; otherwise -0.0 comes back as +0.0.
 
     Returns:

@@ -29,4 +29,8 @@ class CheckpointError(ValueError):
     def __init__(self, path: str | os.PathLike[str], field: str | None, message: str) -> None:
         self.path = os.fspath(path)
         self.field = field
+        self.what = message
         super().__init__(f"{self.path}: " + (message if field is None else f"{field!r} {message}"))
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.path, self.field, self.what)

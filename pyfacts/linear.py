@@ -180,7 +180,8 @@ def sparse_linear(enc: EncodedActivations, W_dec: Tensor, b_dec: Tensor | None =
     Args:
         enc: [n_tokens, n_features].
         W_dec: [n_features, d_out] of enc's dtype: an SAE's `W_dec`, TransformerLens' `W_out`, or the transpose of an
-            `nn.Linear`'s weight (`down.weight.T`; it is copied once, as the rows of W_dec are read whole).
+            `nn.Linear`'s weight (`down.weight.T`; it is copied once, as the rows of W_dec are read whole). Under
+            autocast it may be of another dtype, and is cast.
         b_dec: [d_out] or None.
 
     Returns:
@@ -208,6 +209,8 @@ def sparse_linear(enc: EncodedActivations, W_dec: Tensor, b_dec: Tensor | None =
         )
     if b_dec is not None:
         _check_vector("b_dec", b_dec, W_dec.shape[1], f"W_dec {tuple(W_dec.shape)}")
+    if torch.is_autocast_enabled(enc.device.type):
+        W_dec, b_dec = _cast(enc.dtype, W_dec, b_dec)
     _check_alike("enc", enc, W_dec=W_dec, b_dec=b_dec)
     _refuse_tangents(W_dec, b_dec)
     return ops.sparse_linear(enc.planes, W_dec, b_dec)
@@ -231,8 +234,11 @@ def _autocast(x: Tensor, *others: Tensor | None) -> tuple:
     """The operands in autocast's dtype, where autocast is on; those that may not be operands as they are."""
     if not isinstance(x, Tensor) or x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
         return x, *others
-    dtype = torch.get_autocast_dtype(x.device.type)
-    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in DTYPES else t for t in (x, *others))
+    return _cast(torch.get_autocast_dtype(x.device.type), x, *others)
+
+
+def _cast(dtype: torch.dtype, *operands: Tensor | None) -> tuple:
+    return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in DTYPES else t for t in operands)
 
 
 def _refuse_tangents(*operands: Tensor | None) -> None:

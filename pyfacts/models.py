@@ -27,6 +27,13 @@ CROSS_ATTENDED = re.compile(
 )
 """What a decoder computes of the encoder's states: T5's, BART's, BERT's, TransformerLens'."""
 
+POSITIONS_FIRST = {
+    ("modeling_fsmt", "EncoderLayer"),
+    ("modeling_fsmt", "DecoderLayer"),
+    ("modeling_xlnet", "XLNetLayer"),
+}
+"""Hugging Face's layers that take [pos, batch, d_model], by the last part of their module's name, and their own."""
+
 
 def hook_points(model: nn.Module) -> dict[str, HookPoint]:
     """List what can be captured from a model by name, in the order of a forward pass.
@@ -98,6 +105,18 @@ def unwrap(model: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module):
             return model
         model = inner
+
+
+def takes_positions_first(model: nn.Module, module_path: str) -> bool:
+    """Whether a module is, or is in, a layer that takes [pos, batch, d_model]: torch's own, FSMT's, or XLNet's."""
+    parts = module_path.split(".")
+    for depth in range(1, len(parts) + 1):
+        layer = model.get_submodule(".".join(parts[:depth]))
+        if isinstance(layer, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+            return not layer.self_attn.batch_first
+        if (type(layer).__module__.rpartition(".")[2], type(layer).__name__) in POSITIONS_FIRST:
+            return True
+    return False
 
 
 class Names:

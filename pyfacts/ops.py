@@ -1,4 +1,4 @@
-"""The torch ops: planes in, planes out. The only file that names `torch.ops.pyfacts`.
+"""The torch ops: planes in, planes out. Only this file and `cuda.py` name `torch.ops.pyfacts`.
 
 An encoding travels as four planes and `n_features`; C = ceil(n_features / 256) columns, R = ceil(n_tokens / 128) tiles:
 

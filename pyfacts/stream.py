@@ -27,7 +27,7 @@ from .encoding import DTYPES
 from .errors import HookNeverFired
 from .forwards import Watcher, signature, watch
 from .hook_point import HookPoint
-from .models import unwrap
+from .models import takes_positions_first, unwrap
 from .select import Select
 from .tokens import Ends, Forward, Taken, TokenMask, Tokens, cache_of, packs_sequences, past_length, stays
 from .warn import warn
@@ -89,6 +89,7 @@ class ActivationStream:
         self._forward: Forward | None = None
         self._ends: defaultdict[str, Ends] = defaultdict(Ends)
         self._open = False
+        self._positions_first: set[str] = set()  # hooks that see [pos, batch, width]
         self._running: int | None = None  # the thread that is inside of `run`
         self._to_the_end = False
         self._complete: Forward | None = None  # that goes on to the end though all hooks have their tokens
@@ -109,6 +110,7 @@ class ActivationStream:
             for path, streams in self._owners(root).items():
                 watcher = Watcher(functools.partial(self._begin, path, streams), self._end, self._fail)
                 exit_stack.callback(watch(root.get_submodule(path), watcher))
+            self._positions_first = {p.name for p in self.points if takes_positions_first(root, p.module_path)}
             for point in self.points:
                 exit_stack.callback(add_hook(root.get_submodule(point.module_path), point.side, self._taker(point)))
             if self.stop_early:
@@ -275,6 +277,8 @@ class ActivationStream:
 
     def _take(self, point: HookPoint, value: Any) -> None:
         x = _check(point, value, self.saes.get(point))
+        if point.name in self._positions_first and x.dim() == 3:
+            x = x.transpose(0, 1)
         forward = self._forward
         if forward is None or (forward.owner is None and forward.has_all(point.name)):
             # The blocks were called around the model's own __call__ (`model.forward(...)` does that).

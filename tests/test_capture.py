@@ -435,6 +435,18 @@ def test_an_open_capture_is_not_opened_again(model):
         model(tiny.tokens())
 
 
+def test_a_capture_whose_end_raises_can_be_opened_again():
+    model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
+    opened = capture(model, ["a", "b"])
+    with pytest.raises(ValueError, match="was handed 2 rows in one forward of 4 x 1 tokens"), opened:
+        model["a"](torch.ones(4, 3))
+        model["b"](torch.ones(2, 3))
+    with opened as cache:
+        model["a"](torch.ones(4, 3))
+        model["b"](torch.ones(4, 3))
+    assert len(cache["a"]) == 4
+
+
 def test_rows_of_two_dtypes_are_not_mixed(model):
     with capture(model, "blocks.0.hook_attn_out") as cache:
         model(tiny.tokens())

@@ -8,7 +8,7 @@ import pytest
 import tiny_models as tiny
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, FSMTConfig, FSMTModel, XLNetConfig, XLNetModel
 
 import pyfacts
 from pyfacts.models import resolve_hooks
@@ -286,6 +286,44 @@ def test_modules_that_take_positions_first_are_refused():
     model = PositionsFirst()
     with pytest.raises(ValueError, match=r"shape \(5, 2, .*\[2, 5\].*positions first"), pyfacts.capture(model, "fc2"):
         model(torch.zeros(2, 5, dtype=torch.long))
+
+
+def test_torchs_layers_take_positions_first_unless_told_otherwise():
+    """Without ids nothing but the layer says which is which."""
+    for batch_first in (False, True):
+        layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=batch_first)
+        model = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        x, seen = torch.randn(2, 5, 8), {}
+        model.layers[0].linear2.register_forward_pre_hook(lambda module, args, seen=seen: seen.update(h=args[0]))
+        with pyfacts.capture(model, "layers.0.linear2") as cache:
+            model(x if batch_first else x.transpose(0, 1))
+        assert cache.positions.tolist() == [[i, j] for i in range(2) for j in range(5)]
+        expected = seen["h"] if batch_first else seen["h"].transpose(0, 1)
+        assert torch.equal(cache["layers.0.linear2"].to_dense(), expected.flatten(0, 1))
+
+
+@pytest.mark.parametrize("kind", ["fsmt", "xlnet"])
+def test_models_that_take_positions_first(kind):
+    """As many positions as sequences: nothing but the layer says which is which."""
+    if kind == "fsmt":
+        sizes = {"layers": 1, "ffn_dim": 32, "attention_heads": 2}
+        sizes = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in sizes.items()}
+        config = FSMTConfig(langs=["a", "b"], src_vocab_size=50, tgt_vocab_size=50, d_model=16, **sizes)
+        model, hook = FSMTModel(config), "encoder.layers.0.fc2"
+    else:
+        config = XLNetConfig(vocab_size=50, d_model=16, n_layer=1, n_head=2, d_inner=32)
+        model, hook = XLNetModel(config), "layer.0.ff.layer_2"
+    model.eval()
+    seen = {}
+    model.get_submodule(hook).register_forward_pre_hook(lambda module, args: seen.update(h=args[0]))
+    ids = torch.randint(5, 50, (4, 4), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 2:] = 0
+    with torch.no_grad(), pyfacts.capture(model, hook) as cache:
+        model(input_ids=ids, attention_mask=mask)
+    expected = seen["h"].transpose(0, 1)[mask.bool()]
+    assert torch.equal(cache[hook].to_dense(), pyfacts.encode(expected).to_dense())
+    assert cache.positions.tolist() == mask.nonzero().tolist()
 
 
 # ---- encoder and decoder ---------------------------------------------------------------------------------------------

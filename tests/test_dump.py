@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import nn
 
 import pyfacts
-from pyfacts.dump import DumpError, layout, open_dump, reader, run
+from pyfacts.dump import DumpError, layout, open_dump, reader, run, shuffle
 from pyfacts.dump.run import dump
 from pyfacts.select import min_abs, topk
 
@@ -263,6 +263,18 @@ class TestBatches:
         assert sum(map(len, parts)) == dumped.n_tokens
         a, b = torch.cat(parts).view(torch.int16).numpy(), torch.cat(one).view(torch.int16).numpy()
         assert np.array_equal(a[np.lexsort(a.T)], b[np.lexsort(b.T)])
+
+    @pytest.mark.parametrize("batch_size", [100, 900, 1100])
+    def test_memory_of_sixteen_blocks(self, dumped, monkeypatch, batch_size):
+        """Tokens that a batch had no room for are the first of the next ones, so that their blocks can go."""
+        monkeypatch.setattr(shuffle, "MIXED_BLOCKS", 1)  # of four or five
+        held = []
+        gather = shuffle._gather
+        monkeypatch.setattr(
+            shuffle, "_gather", lambda hooks, loaded, picked: held.append(len(loaded)) or gather(hooks, loaded, picked)
+        )
+        assert sum(len(batch[HOOKS[0]]) for batch in dumped.batches(HOOKS, batch_size, seed=0)) == dumped.n_tokens
+        assert 1 <= max(held) <= 2
 
     def test_bad_arguments(self, dumped):
         for arguments in ((0, 0), (10, 0, 2, 2), (10, 0, -1, 2)):

@@ -98,7 +98,7 @@ class TestFormatDocument:
     def test_constants(self):
         for constant in (
             f"version {layout.FORMAT_VERSION}",
-            f"{layout.BLOCK_TOKENS:,} tokens",
+            f"{layout.MIN_BLOCK_TOKENS:,} tokens",
             f"of {layout.COLUMN_WIDTH}",
         ):
             assert constant in self.text

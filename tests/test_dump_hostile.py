@@ -163,6 +163,19 @@ def test_cut_after_it_was_read(tmp_path, monkeypatch):
         d[HOOKS[0]][:100]
 
 
+def test_cut_between_two_batches(tmp_path, monkeypatch):
+    """Batches hold their blocks for long, so they may not be the file's bytes; plain rows nor encodings."""
+    monkeypatch.setattr(shard_reader, "MAPPED_BYTES", 0)
+    hooks = [HOOKS[0], "layers.0:output"]
+    d = dump(TinyModel(), tokens(400), tmp_path, names_filter=hooks, codec="none")
+    batches = d.batches(hooks, 100, seed=0)
+    first = next(batches)
+    for path in tmp_path.rglob("layers*.safetensors"):
+        os.truncate(path, 4096)
+    rest = list(batches)
+    assert sum(len(batch[hooks[1]]) for batch in [first, *rest]) == d.n_tokens
+
+
 def test_a_damaged_column_is_named(tmp_path):
     root = Path(shutil.copytree(GOLDEN / "v1-none", tmp_path / "dump"))
     path = next(root.glob("00001-*")) / "blocks.0.mlp.hook_post.safetensors"

@@ -410,6 +410,31 @@ class TestBadInput:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert not list(tmp_path.iterdir())
 
+    @pytest.mark.parametrize("kind", ["mapping", "arrow", "jsonl", "parquet", "data set", "stream"])
+    def test_numbers_beside_texts_are_no_documents(self, tmp_path, kind):
+        """A column `tokens` may say how many each text has."""
+        import datasets
+        import pyarrow
+        import pyarrow.parquet
+
+        columns = {"text": ["w1 w2", "w3"], "tokens": [2, 1]}
+        table = pyarrow.table(columns)
+        pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+        (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
+        data_set = datasets.Dataset.from_dict(columns)
+        source = {
+            "mapping": columns,
+            "arrow": {name: table[name] for name in columns},
+            "jsonl": tmp_path / "x.jsonl",
+            "parquet": tmp_path / "x.parquet",
+            "data set": data_set,
+            "stream": data_set.to_iterable_dataset(),
+        }[kind]
+        assert list(documents.read_documents(source)) == columns["text"]
+
+    def test_one_text_beside_its_ids(self):
+        assert list(documents.read_documents({"text": "w1 w2", "input_ids": [1, 2]})) == [[1, 2]]
+
     def test_a_mapping_of_something_else(self, tmp_path):
         with pytest.raises(ValueError, match=r"the mapping has the fields train, test; one of input_ids"):
             read({"train": [[1]], "test": [[2]]}, tmp_path)

@@ -274,6 +274,9 @@ def test_tokens_that_cannot_be_chosen() -> None:
     for other in ([1.5], torch.ones(2, 2, dtype=torch.int64), ["a"], {}, torch.eye(5).to_sparse()):
         with pytest.raises(TypeError, match=r"tokens must be integers or bools \[n\]"):
             enc[other]
+    with pytest.raises(TypeError, match=r"torch takes uint8 for a mask: give \.bool\(\), or \.long\(\)"):
+        enc[torch.tensor([0, 0, 1, 1, 0], dtype=torch.uint8)]
+    assert len(enc[np.array([0, 0, 1], np.uint8)]) == 3  # NumPy's are indices
     with pytest.raises(ValueError, match="step cannot be zero"):
         enc[::0]
     with pytest.raises(RuntimeError, match="token 5 out of range for 5 tokens"):

@@ -146,6 +146,20 @@ def test_autocast_decides_the_dtype() -> None:
     assert_encodes(enc, expected)
 
 
+def test_autocast_decodes_what_it_encoded() -> None:
+    x, weight, bias = operands((20, 8, 300), torch.float32)
+    W_dec = torch.randn(300, 5, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        enc = pyfacts.linear_relu_encode(x, weight, bias)
+        out = pyfacts.sparse_linear(enc, W_dec, torch.ones(5))
+    expected = pyfacts.sparse_linear(enc, W_dec.bfloat16(), torch.ones(5).bfloat16())
+    assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
+    out.sum().backward()
+    assert W_dec.grad is not None and W_dec.grad.dtype == torch.float32
+    with pytest.raises(TypeError, match=r"W_dec must have the dtype of enc"):
+        pyfacts.sparse_linear(enc, W_dec)
+
+
 def test_autocast_casts_no_operand_that_linear_would_not() -> None:
     x, weight, bias = operands((20, 8, 300), torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -20,12 +20,12 @@ def is_full(plan: Plan, parts: Mapping[str, list[Any]], n_tokens: int) -> bool:
     """Whether what n_tokens gave is a block.
 
     Columns are compressed one by one, and a wide SAE's hold an eighth of a value a token: its blocks grow until the
-    columns are worth it. The fullest hook decides, so that none holds much more than by BLOCK_TOKENS alone.
+    columns are worth it. The fullest hook decides, so that none holds much more than by MIN_BLOCK_TOKENS alone.
     """
-    if n_tokens < layout.BLOCK_TOKENS:
+    if n_tokens < layout.MIN_BLOCK_TOKENS:
         return False
-    return n_tokens >= layout.SPARSE_BLOCK_TOKENS or any(
-        hook.kind == "rows" or sum(part.nnz for part in parts[hook.name]) >= layout.FULL_COLUMN * hook.n_columns
+    return n_tokens >= layout.CLOSED_BLOCK_TOKENS or any(
+        hook.kind == "rows" or sum(part.nnz for part in parts[hook.name]) >= layout.FULL_COLUMN_VALUES * hook.n_columns
         for hook in plan.hooks
     )
 

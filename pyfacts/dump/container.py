@@ -40,7 +40,7 @@ NUMPY_DTYPES = {
     "U64": "<u8",
     "F64": "<f8",
 }
-ITEM_BYTES = {name: int(dtype[2:]) for name, dtype in NUMPY_DTYPES.items()}
+SAFETENSORS_ITEM_BYTES = {name: int(dtype[2:]) for name, dtype in NUMPY_DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class TensorWriter:
 
     def add(self, name: str, dtype: str, shape: tuple[int, ...], data: bytes | memoryview) -> None:
         """Appends a tensor."""
-        if len(data) != math.prod(shape) * ITEM_BYTES[dtype] or name in self._tensors:
+        if len(data) != math.prod(shape) * SAFETENSORS_ITEM_BYTES[dtype] or name in self._tensors:
             raise AssertionError(f"{name}: {len(data)} bytes for {dtype} {shape}, or written twice")
         self._file.write(data)
         begin, self._offset = self._offset, self._offset + len(data)
@@ -253,7 +253,7 @@ def _parse_header(data: bytes, data_bytes: int, path: str) -> tuple[dict[str, Te
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
         if info.begin != offset:
             raise DumpError(f"begins at {info.begin}, the tensor before it ends at {offset}", path=path, tensor=name)
-        if info.nbytes and info.begin % ITEM_BYTES[info.dtype]:
+        if info.nbytes and info.begin % SAFETENSORS_ITEM_BYTES[info.dtype]:
             raise DumpError(f"{info.dtype} begins at {info.begin}, not aligned", path=path, tensor=name)
         offset = info.end
     if offset != data_bytes:
@@ -266,13 +266,13 @@ def _parse_tensor(entry: Any) -> TensorInfo | str:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         return "the header entry must have dtype, shape and data_offsets"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in SAFETENSORS_ITEM_BYTES:
         return f"unknown dtype {dtype!r}"
     if not isinstance(shape, list) or not all(is_size(n) for n in shape) or len(shape) > 8:
         return f"shape {shape!r} is no list of sizes"
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(is_size(n) for n in offsets):
         return f"data_offsets {offsets!r} is no pair of sizes"
-    n_bytes = math.prod(shape) * ITEM_BYTES[dtype]  # Python's integers do not overflow
+    n_bytes = math.prod(shape) * SAFETENSORS_ITEM_BYTES[dtype]  # Python's integers do not overflow
     if offsets[1] - offsets[0] != n_bytes:
         return f"data_offsets {offsets} hold {offsets[1] - offsets[0]} bytes, {dtype} {shape} takes {n_bytes}"
     return TensorInfo(dtype, tuple(shape), offsets[0], offsets[1])

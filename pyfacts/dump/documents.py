@@ -5,7 +5,7 @@ import io
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -140,11 +140,18 @@ def _of_one_text(rows: Sequence[Any]) -> Sequence[Any]:
 
 
 def _mapping(columns: Mapping[str, Any]) -> list[Document]:
-    field = _field(columns, "the mapping")
-    column = _python_column(columns[field])
+    columns = {name: _python_column(column) for name, column in columns.items()}
+    field = _field(columns, "the mapping", {name for name in columns if _counts_of_texts(name, columns)})
+    column = columns[field]
     if field in TEXT_FIELDS:
         return [column] if isinstance(column, str) else list(column)
     return without_padding(f"tokens[{field!r}]", column, columns)
+
+
+def _counts_of_texts(name: str, columns: Mapping[str, Any]) -> bool:
+    """Whether a column holds a number for each of several texts; a single text's ids are a number for each token."""
+    several = any(not isinstance(columns.get(text, ""), str) for text in TEXT_FIELDS)
+    return several and name in ID_FIELDS and len(columns[name]) > 0 and np.ndim(columns[name][0]) == 0
 
 
 def _python_column(column: Any) -> Any:
@@ -183,9 +190,11 @@ def _json_lines(path: Path) -> Iterator[Document]:
 
 def _parquet(path: Path) -> Iterator[Document]:
     import pyarrow.parquet
+    import pyarrow.types
 
     file = pyarrow.parquet.ParquetFile(path)
-    field = _field(file.schema_arrow.names, str(path))
+    numbers = {column.name for column in file.schema_arrow if pyarrow.types.is_primitive(column.type)}
+    field = _field(file.schema_arrow.names, str(path), numbers)
     columns = [name for name in (field, "attention_mask") if name in file.schema_arrow.names]
     for batch in file.iter_batches(batch_size=1024, columns=columns):
         rows = batch.to_pydict()
@@ -207,7 +216,9 @@ def _dataset(rows: Any, name: str) -> Iterator[Document]:
         for row in rows:
             yield _row(row, f"a row of {name}")
         return
-    field = _field(rows.column_names, name)
+    features = rows.features or {}
+    numbers = {name for name, kind in features.items() if type(kind).__name__ == "Value" and "string" not in kind.dtype}
+    field = _field(rows.column_names, name, numbers)
     columns = [column for column in (field, "attention_mask") if column in rows.column_names]
     for batch in rows.with_format(None).iter(batch_size=1024):
         for values in zip(*(batch[column] for column in columns), strict=True):
@@ -215,20 +226,23 @@ def _dataset(rows: Any, name: str) -> Iterator[Document]:
 
 
 def _row(row: Mapping[str, Any], where: str) -> Document:
-    """The document of one row; a number called `tokens` is none."""
-    field = _field((name for name, value in row.items() if not isinstance(value, int | float)), where)
+    """The document of one row."""
+    field = _field(row, where, {name for name, value in row.items() if isinstance(value, int | float)})
     if row[field] is None:
         raise ValueError(f"tokens: {field!r} is null in {where}: leave such rows out, or give them an empty text")
     return _unmasked(row[field], row.get("attention_mask"))
 
 
-def _field(names: Iterable[str], where: str) -> str:
+def _field(names: Iterable[str], where: str, numbers: Container[str]) -> str:
+    """The field that holds documents; one of numbers does not (`tokens` may be how many there are)."""
     names = list(names)
     for field in (*ID_FIELDS, *TEXT_FIELDS):
-        if field in names:
+        if field in names and field not in numbers:
             return field
+    shown = ", ".join(f"{name} (numbers)" if name in numbers else name for name in names)
     raise ValueError(
-        f"tokens: {where} has the fields {', '.join(names)}; one of {', '.join((*ID_FIELDS, *TEXT_FIELDS))} is needed"
+        f"tokens: {where} has the fields {shown}; one of {', '.join((*ID_FIELDS, *TEXT_FIELDS))} is needed, with lists "
+        "of ids or texts"
     )
 
 

@@ -37,11 +37,15 @@ class DumpInterrupted(RuntimeError):
 
     Attributes:
         signum: the signal that was received.
+        shards_done, shards_total: how many shards are committed, and how many there will be.
     """
 
     def __init__(self, signum: int, shards_done: int, shards_total: int) -> None:
-        self.signum = signum
+        self.signum, self.shards_done, self.shards_total = signum, shards_done, shards_total
         super().__init__(
             f"{signal.Signals(signum).name} stopped the dump with {shards_done} of {shards_total} shards committed; "
             "the same call resumes it"
         )
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.signum, self.shards_done, self.shards_total)

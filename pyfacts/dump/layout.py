@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 FORMAT_VERSION = 1
-BLOCK_TOKENS = 4096  # a block has this many or more, but for a shard's last
-SPARSE_BLOCK_TOKENS = 16384  # enough for any block
-FULL_COLUMN = 2048  # values that are worth a column's pointers, checksum and frames
+MIN_BLOCK_TOKENS = 4096  # a block has this many or more, but for a shard's last
+CLOSED_BLOCK_TOKENS = 16384  # enough for any block
+FULL_COLUMN_VALUES = 2048  # values that are worth a column's pointers, checksum and frames
 MAX_BLOCK_TOKENS = 2**31 - 1
 MAX_SHARD_TOKENS = 2**28  # whose blocks a header of the safetensors library still has room for
 COLUMN_WIDTH = 256
@@ -132,7 +132,7 @@ def tokens_file(n_tokens: int, id_dtype: str) -> list[TensorSpec]:
 
 def max_blocks(n_tokens: int) -> int:
     """Blocks that n_tokens can take at most."""
-    return n_tokens // BLOCK_TOKENS + 1
+    return n_tokens // MIN_BLOCK_TOKENS + 1
 
 
 def metadata(hook: HookSpec, blocks: list[int], codec: str, signed_zero: bool, token_start: int) -> dict[str, str]:

@@ -35,7 +35,7 @@ class Plan:
     Attributes:
         model: name, class, revision, config, attention implementation, dtype and the hash of the weights.
         tokens: where the tokens came from, how many, and their fingerprint.
-        hooks: the hooks in execution order.
+        hooks: the hooks in the order in which they were asked for, then the latents of SAEs.
         sequences: boundaries of the shards, in sequences: shard i has sequences[i]:sequences[i+1].
         token_starts: the same in captured tokens.
         batch_size: sequences of a forward pass; the batch's composition can decide the last bits of an activation.

@@ -57,7 +57,8 @@ class Dump:
 
     Attributes:
         plan: dump.json as a dict.
-        hook_names: the hooks in execution order; `d[name]` reads one.
+        hook_names: the hooks, in the order in which they were asked for (by default that of the forward), then the
+            latents of SAEs; `d[name]` reads one.
         n_tokens: captured tokens of the whole plan.
         complete: whether all of them are committed.
         token_ids: int64 [n_tokens], read by tokens as a hook is: `d.token_ids[a:b]`.
@@ -183,11 +184,12 @@ class Dump:
     ) -> Iterator[dict[str, Any]]:
         """Yields every committed token once, shuffled, as {hook: dense [batch_size, n_features]}; the last is shorter.
 
-        The shuffle: the blocks of the dump (4,096 to 16,384 tokens each) are permuted by `seed`, and each rank takes
-        every world_size-th. A rank reads eight blocks at a time and permutes their tokens together with those left over
-        from the eight before. So a batch mixes eight places of the dump, at the memory of sixteen packed blocks per
-        hook. It depends on the arguments and the dump alone. Ranks get a block more or less, so not equally many
-        batches: where all must take the same number of steps (DistributedDataParallel), use its `join()`.
+        The shuffle: the blocks of the dump (4,096 tokens or more) are permuted by `seed`, and each rank takes every
+        world_size-th. A rank reads eight blocks at a time and permutes their tokens together with those left over from
+        the eight before. So a batch mixes eight places of the dump, at the memory of at most sixteen packed blocks per
+        hook (more only if a batch is larger than eight). It depends on the arguments and the dump alone. Ranks get a
+        block more or less, so not equally many batches: where all must take the same number of steps
+        (DistributedDataParallel), use its `join()`.
 
         Args:
             hooks: a hook's name or several; their rows belong to the same tokens.
@@ -471,7 +473,7 @@ class DumpedHook:
         start = self._dump._plan.token_starts[shard]
         for block, first in enumerate(block_starts(file.blocks)[:-1]):
             found, bits = self._lists(shard, block, column).neuron(feature)
-            tokens.append(found + np.int64(start + first))
+            tokens.append(found.astype(np.int64) + (start + first))
             values.append(bits)
         return np.concatenate(tokens), np.concatenate(values)
 

@@ -11,7 +11,7 @@ from .. import _storage
 from . import layout
 from .arrays import BITS
 from .codec import CodecError, Split, codec_of
-from .container import ITEM_BYTES, NUMPY_DTYPES, TensorFile
+from .container import NUMPY_DTYPES, SAFETENSORS_ITEM_BYTES, TensorFile
 from .digest import xxh3
 from .errors import DumpError
 from .layout import PLANES, HookSpec, TensorSpec
@@ -84,7 +84,7 @@ class HookFile:
             arrays = []
             for (name, dtype), data in zip(layout.STATISTICS, stored, strict=True):
                 if isinstance(self._codec, Split):
-                    item = ITEM_BYTES[dtype]
+                    item = SAFETENSORS_ITEM_BYTES[dtype]
                     with self._located(name, 0):
                         data = memoryview(self._codec.unpack(data, self.hook.width * item, item))
                 arrays.append(np.frombuffer(data, NUMPY_DTYPES[dtype]).copy())
@@ -212,13 +212,7 @@ class HookFile:
             raise DumpError(str(error), path=self._file.path, tensor=tensor, offset=offset) from error
 
     def _check_digest(self, name: str, of: str, actual: int) -> None:
-        if int(self._file.array(name, "U64", (1,))[0]) != actual:
-            raise DumpError(
-                f"its bytes do not fit their checksum in {name}",
-                path=self._file.path,
-                tensor=of,
-                offset=self._file.offset(of),
-            )
+        _check_digest(self._file, name, of, int(self._file.array(name, "U64", (1,))[0]), actual)
 
 
 class TokensFile:
@@ -245,13 +239,7 @@ class TokensFile:
         for i, name in enumerate(("document", "position", "token_ids")):
             dtype = self._id_dtype if name == "token_ids" else "I64"
             array = self._file.array(name, dtype, (self._n_tokens,))
-            if xxh3(array) != int(digests[i]):
-                raise DumpError(
-                    "its bytes do not fit their checksum in xxh3",
-                    path=self._file.path,
-                    tensor=name,
-                    offset=self._file.offset(name),
-                )
+            _check_digest(self._file, "xxh3", name, int(digests[i]), xxh3(array))
             arrays.append(array.astype(np.int64, copy=False))
         return arrays[0], arrays[1], arrays[2]
 
@@ -268,8 +256,7 @@ def verify_hook_file(file: HookFile, nnz: int) -> None:
         file.encoding(block).add_feature_stats(*actual)
         file.sq_norm(block)
     for (name, _), stored, computed in zip(layout.STATISTICS, file.statistics(), actual, strict=True):
-        # Sums may have been added in another order by another instruction set.
-        same = np.isclose(stored, computed, rtol=1e-9, atol=0, equal_nan=True)
+        same = (stored == computed) | (np.isnan(stored) & np.isnan(computed))
         if not same.all():
             feature = int((~same).argmax())
             raise DumpError(
@@ -285,6 +272,12 @@ def verify_hook_file(file: HookFile, nnz: int) -> None:
 def block_starts(blocks: tuple[int, ...]) -> list[int]:
     """Where each block begins in its shard, and where the last one ends."""
     return list(accumulate(blocks, initial=0))
+
+
+def _check_digest(file: TensorFile, name: str, of: str, expected: int, actual: int) -> None:
+    if expected != actual:
+        message = f"its bytes do not fit their checksum in {name}"
+        raise DumpError(message, path=file.path, tensor=of, offset=file.offset(of))
 
 
 def _check_contents(file: TensorFile, expected: Iterable[TensorSpec], metadata: dict[str, str]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from .. import _storage
 from . import files, layout
 from .codec import Split, codec_of
-from .container import ITEM_BYTES, TensorWriter, header_room
+from .container import SAFETENSORS_ITEM_BYTES, TensorWriter, header_room
 from .digest import as_bytes, xxh3
 from .layout import HookSpec, TensorSpec
 from .plan import FileRecord, Plan, ShardRecord, hook_file_name, record_name, shard_name
@@ -216,7 +216,7 @@ def write_tensors(file: TensorWriter, specs: Iterable[TensorSpec], contents: Map
             file.pad(spec.name)
             continue
         data = as_bytes(contents[name])
-        n_items = len(data) // ITEM_BYTES[spec.dtype]
+        n_items = len(data) // SAFETENSORS_ITEM_BYTES[spec.dtype]
         file.add(spec.name, spec.dtype, tuple(n_items if n is None else n for n in spec.shape), data)
 
 

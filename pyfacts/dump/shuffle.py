@@ -54,18 +54,19 @@ def _batches(
             loaded[number] = [_by_token(hook._read_block(*blocks[number])) for hook in hooks]
             n_tokens = hooks[0]._block_tokens(*blocks[number])
             fresh.append(np.stack([np.full(n_tokens, number), np.arange(n_tokens)], axis=1))
-        pool = rng.permutation(np.concatenate([pool, *fresh]))
+        waiting = np.concatenate([pool, rng.permutation(np.concatenate(fresh))])  # what is left over leaves first
         last = i + MIXED_BLOCKS >= len(order)
-        n_batched = len(pool) if last else len(pool) // batch_size * batch_size
+        n_batched = len(waiting) if last else len(waiting) // batch_size * batch_size
+        mixed, pool = rng.permutation(waiting[:n_batched]), waiting[n_batched:]
         for start in range(0, n_batched, batch_size):
-            yield _gather(hooks, loaded, pool[start : min(start + batch_size, n_batched)])
-        pool = pool[n_batched:]
+            yield _gather(hooks, loaded, mixed[start : start + batch_size])
         needed = set(pool[:, 0].tolist())
         loaded = {number: block for number, block in loaded.items() if number in needed}
 
 
 def _by_token(block: "_storage.Encoding | np.ndarray") -> "_storage.TokenRows | np.ndarray":
-    return block if isinstance(block, np.ndarray) else _storage.TokenRows(block)
+    """The block in memory of its own, as it is read long after its file was checked."""
+    return block.copy() if isinstance(block, np.ndarray) else _storage.TokenRows(block)
 
 
 def _gather(hooks: "Sequence[DumpedHook]", loaded: dict[int, list[Any]], picked: np.ndarray) -> dict[str, Any]:

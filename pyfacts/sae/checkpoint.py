@@ -106,6 +106,16 @@ class Tensors:
         matrix = matrix.T if transpose else matrix
         return torch.empty(matrix.shape, dtype=dtype, device=matrix.device).copy_(matrix)
 
+    def matrices(
+        self, dtype: torch.dtype | None, W_enc: str = "W_enc", W_dec: str = "W_dec"
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Takes an SAE's weight [d_sae, d_in] (W_enc transposed), b_enc, W_dec and b_dec."""
+        d_in, d_sae = self.matrix_shape(W_enc)
+        dtype = dtype or self.dtype(W_enc)
+        weight = self.rows(W_enc, (d_in, d_sae), dtype, transpose=True)
+        decoder = self.rows(W_dec, (d_sae, d_in), dtype)
+        return weight, self.vector("b_enc", d_sae), decoder, self.vector("b_dec", d_in)
+
     def vector(self, name: str, n: int) -> Tensor:
         """Takes a vector [n] as float64."""
         vector = self._take(name, (n,), floating=True).double()

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from .checkpoint import Config, Tensors
 from .files import read_torch
-from .fold import folded, project, row_norms, scale_rows
+from .fold import fold_norms, folded, project, row_norms
 from .gated import gated_to_jumprelu
 from .record import SAE
 
@@ -71,9 +71,7 @@ def _auto_encoder(tensors: Tensors, dtype: torch.dtype | None, trainer: Config) 
     if not torch.allclose(norms, torch.ones_like(norms)):  # as AutoEncoder.from_pretrained, which load_dictionary calls
         if not norms.all():
             raise tensors.error("decoder.weight", f"has no direction for latent {int((norms == 0).nonzero()[0])}")
-        scale_rows(weight, norms)
-        scale_rows(W_dec, 1 / norms)
-        b_enc = b_enc * norms
+        b_enc = fold_norms(weight, b_enc, W_dec, norms)
     return folded(weight, b_enc - project(weight, b_dec), W_dec, b_dec)
 
 
@@ -110,14 +108,14 @@ def _matryoshka(tensors: Tensors, dtype: torch.dtype | None, trainer: Config) ->
     if min(group_sizes, default=0) < 1 or sum(group_sizes) != d_sae:
         raise tensors.error("group_sizes", f"must be positive and add up to {d_sae}, got {group_sizes}")
     threshold = torch.full((d_sae,), tensors.number("threshold"), dtype=torch.float64, device="cpu")
-    weight, b_enc, W_dec, b_dec = _matrices(tensors, dtype)
+    weight, b_enc, W_dec, b_dec = tensors.matrices(dtype)
     b_enc = b_enc - project(weight, b_dec)
     return folded(weight, b_enc, W_dec, b_dec, activation="jumprelu", threshold=threshold)
 
 
 def _jumprelu(tensors: Tensors, dtype: torch.dtype | None, trainer: Config) -> SAE:
     threshold = tensors.vector("threshold", tensors.matrix_shape("W_enc")[1])
-    return folded(*_matrices(tensors, dtype), activation="jumprelu", threshold=threshold)
+    return folded(*tensors.matrices(dtype), activation="jumprelu", threshold=threshold)
 
 
 LOADERS: dict[str, Callable[[Tensors, torch.dtype | None, Config], SAE]] = {
@@ -142,14 +140,6 @@ def _centred_linear(tensors: Tensors, dtype: torch.dtype | None) -> tuple[Tensor
     weight, W_dec = _linear_weights(tensors, dtype)
     b_dec = tensors.vector("b_dec", weight.shape[1])
     return weight, tensors.vector("encoder.bias", len(weight)) - project(weight, b_dec), W_dec, b_dec
-
-
-def _matrices(tensors: Tensors, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    d_in, d_sae = tensors.matrix_shape("W_enc")
-    dtype = dtype or tensors.dtype("W_enc")
-    weight = tensors.rows("W_enc", (d_in, d_sae), dtype, transpose=True)
-    W_dec = tensors.rows("W_dec", (d_sae, d_in), dtype)
-    return weight, tensors.vector("b_enc", d_sae), W_dec, tensors.vector("b_dec", d_in)
 
 
 def _k(tensors: Tensors, trainer: Config, d_sae: int) -> int:

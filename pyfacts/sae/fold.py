@@ -32,6 +32,13 @@ def scale_rows(matrix: Tensor, scale: Tensor) -> None:
         start += len(block)
 
 
+def fold_norms(weight: Tensor, b_enc: Tensor, W_dec: Tensor, norms: Tensor) -> Tensor:
+    """Latents times the norms of their decoder directions, directions of norm 1; returns the encoder's bias."""
+    scale_rows(weight, norms)
+    scale_rows(W_dec, 1 / norms)
+    return b_enc * norms
+
+
 def folded(
     weight: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, threshold: Tensor | None = None, **fields: Any
 ) -> SAE:

@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..errors import CheckpointError
 from ..warn import warn
@@ -40,7 +41,8 @@ def load_npz(path: Path, dtype: torch.dtype | None) -> SAE:
             f"{path}: an SAE of the embedding reads rows of embed_tokens.weight; what Gemma's embedding hands out, and "
             "hooks see, is sqrt(d_model) times those"
         )
-    return _load(read_npz(path), "W_enc", "W_dec", dtype, hook_name=None)
+    tensors = read_npz(path)
+    return _sae(tensors, tensors.matrices(dtype), hook_name=None)
 
 
 def load_safetensors(path: Path, dtype: torch.dtype | None) -> SAE:
@@ -49,28 +51,14 @@ def load_safetensors(path: Path, dtype: torch.dtype | None) -> SAE:
     place = config.text("hf_hook_point_in")
     if config.text("hf_hook_point_out") not in (None, place) or config.flag("affine_connection", False):
         raise _transcoder(path)
-    return _load(read_safetensors(path), "w_enc", "w_dec", dtype, hook_name=place and _hook_name(place))
+    tensors = read_safetensors(path)
+    return _sae(tensors, tensors.matrices(dtype, "w_enc", "w_dec"), hook_name=place and _hook_name(place))
 
 
-def _load(tensors: Tensors, encoder: str, decoder: str, dtype: torch.dtype | None, hook_name: str | None) -> SAE:
-    d_in, d_sae = tensors.matrix_shape(encoder)
-    dtype = dtype or tensors.dtype(encoder)
-    weight = tensors.rows(encoder, (d_in, d_sae), dtype, transpose=True)
-    W_dec = tensors.rows(decoder, (d_sae, d_in), dtype)
-    b_enc = tensors.vector("b_enc", d_sae)
-    b_dec = tensors.vector("b_dec", d_in)
-    threshold = tensors.vector("threshold", d_sae)
+def _sae(tensors: Tensors, matrices: tuple[Tensor, Tensor, Tensor, Tensor], hook_name: str | None) -> SAE:
+    threshold = tensors.vector("threshold", len(matrices[0]))
     tensors.finish()
-    return folded(
-        weight,
-        b_enc,
-        W_dec,
-        b_dec,
-        threshold,
-        activation="jumprelu",
-        hook_name=hook_name,
-        source_format="gemma_scope",
-    )
+    return folded(*matrices, threshold, activation="jumprelu", hook_name=hook_name, source_format="gemma_scope")
 
 
 def _hook_name(place: str) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..warn import warn
 from .checkpoint import Config, Tensors
 from .files import read_safetensors
-from .fold import folded, project, row_norms, scale_rows
+from .fold import fold_norms, folded, project, row_norms
 from .gated import gated_to_jumprelu
 from .input_norm import INPUT_NORMS
 from .record import SAE
@@ -31,7 +31,7 @@ REFUSED = {
     "matching_pursuit": "its latents are found one after another, not by one product",
     "temporal": "its latents depend on the tokens before",
 }
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float32}
+LOADED_AS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float32}
 CHANGED_BY = {
     "center_writing_weights": re.compile(r"hook_(resid_\w+|(attn|mlp)_(in|out)|[qkv]_input|result|(pos_)?embed)$"),
     "fold_value_biases": re.compile(r"\.hook_([vz]|result)$"),
@@ -64,7 +64,7 @@ def load(path: Path, dtype: torch.dtype | None) -> SAE:
         b_enc = b_enc if subtracted is None else b_enc - project(weight, subtracted)
         threshold = _threshold(architecture, tensors, d_sae)
     if architecture in ("topk", *BATCH_TOPK) and config.flag("rescale_acts_by_decoder_norm", False):
-        b_enc = _fold_decoder_norms(weight, b_enc, W_dec)
+        b_enc = fold_norms(weight, b_enc, W_dec, row_norms(W_dec).clamp(min=MIN_NORM))
     k = None
     if architecture == "topk":
         k = config.integer("k", config.section("activation_fn_kwargs").get("k"), at_most=d_sae)
@@ -147,9 +147,9 @@ def _dtype(config: Config, tensors: Tensors) -> torch.dtype:
     name = config.text("dtype")
     if name is None:
         return tensors.dtype("W_enc")
-    if name.removeprefix("torch.") not in DTYPES:
-        raise config.error("dtype", f"must be one of {', '.join(DTYPES)}, got {name!r}")
-    return DTYPES[name.removeprefix("torch.")]
+    if name.removeprefix("torch.") not in LOADED_AS:
+        raise config.error("dtype", f"must be one of {', '.join(LOADED_AS)}, got {name!r}")
+    return LOADED_AS[name.removeprefix("torch.")]
 
 
 def _threshold(architecture: str, tensors: Tensors, d_sae: int) -> Tensor | None:
@@ -160,14 +160,6 @@ def _threshold(architecture: str, tensors: Tensors, d_sae: int) -> Tensor | None
     if "log_threshold" in tensors:  # training checkpoints of older versions
         return tensors.vector("log_threshold", d_sae).exp()
     return tensors.vector("threshold", d_sae)
-
-
-def _fold_decoder_norms(weight: Tensor, b_enc: Tensor, W_dec: Tensor) -> Tensor:
-    """Latents times the norms of their decoder directions, directions of norm 1; returns the encoder's bias."""
-    norms = row_norms(W_dec).clamp(min=MIN_NORM)
-    scale_rows(weight, norms)
-    scale_rows(W_dec, 1 / norms)
-    return b_enc * norms
 
 
 def _drop_unit_scaling(tensors: Tensors, d_sae: int) -> None:

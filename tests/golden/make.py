@@ -75,7 +75,7 @@ def write(root: Path, codec: str) -> None:
     the_plan = plan(codec)
     files.write_durably(root / PLAN_FILE, the_plan.to_json())
     ids, document, position = token_columns()
-    with mock.patch.object(layout, "BLOCK_TOKENS", BLOCK_TOKENS):  # several blocks of few tokens
+    with mock.patch.object(layout, "MIN_BLOCK_TOKENS", BLOCK_TOKENS):  # several blocks of few tokens
         start = 0
         for shard, blocks in enumerate(BLOCKS):
             writer = ShardWriter(Directory(root), the_plan, shard)
