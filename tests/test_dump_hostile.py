@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_models as tiny
 import xxhash
 import zstandard
 from dump_models import HOOKS, TinyModel, tokens
@@ -166,14 +167,19 @@ def test_cut_after_it_was_read(tmp_path, monkeypatch):
 def test_cut_between_two_batches(tmp_path, monkeypatch):
     """Batches hold their blocks for long, so they may not be the file's bytes; plain rows nor encodings."""
     monkeypatch.setattr(shard_reader, "MAPPED_BYTES", 0)
-    hooks = [HOOKS[0], "layers.0:output"]
-    d = dump(TinyModel(), tokens(400), tmp_path, names_filter=hooks, codec="none")
+    hooks = ["blocks.0.hook_resid_pre", "blocks.0.mlp.hook_post"]
+    d = dump(
+        tiny.opt(),
+        np.random.default_rng(0).integers(3, tiny.VOCAB, (100, 16)),
+        tmp_path,
+        names_filter=hooks,
+        codec="none",
+    )
     batches = d.batches(hooks, 100, seed=0)
     first = next(batches)
-    for path in tmp_path.rglob("layers*.safetensors"):
+    for path in tmp_path.rglob("blocks*.safetensors"):
         os.truncate(path, 4096)
-    rest = list(batches)
-    assert sum(len(batch[hooks[1]]) for batch in [first, *rest]) == d.n_tokens
+    assert sum(len(batch[hooks[0]]) for batch in [first, *batches]) == d.n_tokens == 1600
 
 
 def test_a_damaged_column_is_named(tmp_path):
