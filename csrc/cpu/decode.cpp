@@ -32,12 +32,10 @@ bool decode_tile(const Encoding& encoding, int64_t first_token, int64_t first_co
     for (int64_t row = 0; row < n_rows; ++row) counts[row * kUnpackColumns + c] = column_counts[row];
 
     const int64_t run = (first_column + c) * tiles + first_token / kTileTokens;
-    const bool last = run + 1 == columns * tiles;
-    const int64_t index_end = last ? encoding.index_bytes : encoding.tile_ptr[2 * run + 2];
-    const int64_t values_end = last ? encoding.n_values : encoding.tile_ptr[2 * run + 3];
-    index[c] = index_runs[c].open(encoding.index, encoding.index_bytes, encoding.tile_ptr[2 * run], index_end);
+    const PlaneSizes begin = run_start(encoding, run), end = run_start(encoding, run + 1);
+    index[c] = index_runs[c].open(encoding.index, encoding.index_bytes, begin.index_bytes, end.index_bytes);
     values[c] = value_runs[c].open(static_cast<const uint8_t*>(encoding.values), encoding.n_values * item,
-                                   encoding.tile_ptr[2 * run + 1] * item, values_end * item);
+                                   begin.n_values * item, end.n_values * item);
   }
   const DecodeTile tile = {counts,
                            index,

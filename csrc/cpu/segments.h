@@ -46,6 +46,15 @@ inline uint32_t nonzero_mask(DType dtype, bool signed_zero) {
   return signed_zero ? all : all >> 1;
 }
 
+// Where a run, a column's part of a tile, begins in the planes. Runs are counted column by column; the one behind the
+// last begins where the planes end.
+inline PlaneSizes run_start(const Encoding& encoding, int64_t run) {
+  if (run == n_columns(encoding.n_features) * n_tiles(encoding.n_tokens)) {
+    return {encoding.index_bytes, encoding.n_values};
+  }
+  return {encoding.tile_ptr[2 * run], encoding.tile_ptr[2 * run + 1]};
+}
+
 // What is wrong with a segment whose bytes lie in bounds, or Fault::none.
 Fault check_segment(uint8_t count, int64_t width, const uint8_t* index, const uint8_t* values, int64_t item,
                     uint32_t zero_mask);

@@ -62,19 +62,9 @@ struct Lists {
 
 // ---- One column's part of one tile --------------------------------------------------------------------------------
 
-int64_t values_before(const Encoding& encoding, int64_t run) {
-  return run < n_columns(encoding.n_features) * n_tiles(encoding.n_tokens) ? encoding.tile_ptr[2 * run + 1]
-                                                                           : encoding.n_values;
-}
-
-int64_t index_before(const Encoding& encoding, int64_t run) {
-  return run < n_columns(encoding.n_features) * n_tiles(encoding.n_tokens) ? encoding.tile_ptr[2 * run]
-                                                                           : encoding.index_bytes;
-}
-
 int64_t values_of(const Encoding& encoding, int64_t column, int64_t tile) {
   const int64_t run = column * n_tiles(encoding.n_tokens) + tile;
-  return values_before(encoding, run + 1) - values_before(encoding, run);
+  return run_start(encoding, run + 1).n_values - run_start(encoding, run).n_values;
 }
 
 // Unpacks a tile's part of some columns; false if a segment breaks the format.
@@ -91,10 +81,10 @@ bool list_tile(const Encoding& encoding, Range columns, int64_t tile, int64_t* s
     const uint8_t* column_counts = encoding.counts + (columns.begin + c) * encoding.n_tokens + tokens.begin;
     for (int64_t row = 0; row < tokens.size(); ++row) counts[row * columns.size() + c] = column_counts[row];
     const int64_t run = (columns.begin + c) * n_tiles(encoding.n_tokens) + tile;
-    index[c] = index_runs[c].open(encoding.index, encoding.index_bytes, index_before(encoding, run),
-                                  index_before(encoding, run + 1));
+    const PlaneSizes begin = run_start(encoding, run), end = run_start(encoding, run + 1);
+    index[c] = index_runs[c].open(encoding.index, encoding.index_bytes, begin.index_bytes, end.index_bytes);
     values[c] = value_runs[c].open(static_cast<const uint8_t*>(encoding.values), encoding.n_values * item,
-                                   values_before(encoding, run) * item, values_before(encoding, run + 1) * item);
+                                   begin.n_values * item, end.n_values * item);
   }
   const int64_t last_width = columns.size() > 0 ? column_width(encoding.n_features, columns.end - 1) : 0;
   return kernels().conversions[static_cast<int>(encoding.dtype)].list(

@@ -13,9 +13,9 @@ namespace {
 
 // Where a column's segment of one token starts in the planes. token may be n_tokens. The layout must have been checked.
 PlaneSizes locate(const Encoding& encoding, int64_t column, int64_t token) {
-  const int64_t last_tile = n_tiles(encoding.n_tokens) - 1;
-  const int64_t tile = token / kTileTokens < last_tile ? token / kTileTokens : last_tile;
-  ColumnReader segment(encoding, column, tile);
+  const int64_t tiles = n_tiles(encoding.n_tokens);
+  if (token == encoding.n_tokens) return run_start(encoding, (column + 1) * tiles);
+  ColumnReader segment(encoding, column, token / kTileTokens);
   while (segment.token() < token) segment.next();
   const auto* values = static_cast<const uint8_t*>(encoding.values);
   return {segment.index() - encoding.index, (segment.values() - values) / item_bytes(encoding.dtype)};
