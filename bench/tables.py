@@ -46,9 +46,9 @@ def misses(cell: str, aim: str) -> bool:
 
 
 def documents(root: Path) -> dict[Path, str]:
-    """The files that show the committed figures, with their text; the newest CPUs first."""
-    paths = sorted((root / "bench" / "results").glob("*.json"), reverse=True)
-    machines = [json.loads(path.read_text()) for path in paths]
+    """The files that show the committed figures, with their text; what was measured most thoroughly first."""
+    machines = [json.loads(path.read_text()) for path in sorted((root / "bench" / "results").glob("*.json"))]
+    machines.sort(key=lambda figures: (figures["machine"]["processes"], figures["machine"]["isa"]), reverse=True)
     readme = root / "README.md"
     return {readme: with_figures(readme.read_text(), machines), root / "bench" / "RESULTS.md": results(machines)}
 
