@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,12 +20,31 @@ from .scalars import as_float
 from .stream import add_hook, eager, never_fired
 from .wording import some
 
+Values: TypeAlias = Tensor | Sequence[float] | np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Ablation:
+    """What an `ablate` that is open sets at a module."""
+
+    side: str
+    features: Tensor
+    value: float | Tensor
+
+
+_open: weakref.WeakKeyDictionary[nn.Module, list[Ablation]] = weakref.WeakKeyDictionary()
+
+
+def open_ablations(model: nn.Module) -> dict[str, list[Ablation]]:
+    """What is set in a model now, by the path of the module, in the order in which it is set."""
+    return {path: list(_open[module]) for path, module in model.named_modules() if _open.get(module)}
+
 
 @contextlib.contextmanager
 def ablate(
     model: nn.Module,
     indices: Mapping[str, Iterable[int] | Tensor],
-    value: float | Tensor | Mapping[str, float | Tensor] = 0.0,
+    value: float | Values | Mapping[str, float | Values] = 0.0,
 ) -> Iterator[None]:
     """Sets neurons, or dimensions of the residual stream, to a value while the context is open.
 
@@ -34,13 +57,13 @@ def ablate(
         model: the model, as for `pyfacts.capture`.
         indices: for each hook (a name from `pyfacts.hook_points(model)` or a module path) the features to set, each in
             [0, width).
-        value: what they are set to: a number, or a tensor [n_indices] with one for each feature, such as their means;
-            for all hooks, or as {hook: value}.
+        value: what they are set to: a number, or a tensor, list or array [n_indices] with one for each feature, such as
+            their means; for all hooks, or as {hook: value}.
 
     Raises:
         ValueError: an unknown hook, an index out of range, values for other hooks or another number of features, a hook
             that reads the residual stream on its way into a sublayer, where setting it would not change the stream
-            (`hook_resid_mid`), or one in whose place SAELens put an SAE.
+            (`hook_resid_mid`), one whose module other hooks share, or one in whose place SAELens put an SAE.
         TypeError: indices are not integers, or values are not numbers.
         HookNeverFired: (a ValueError and a RuntimeError) at the end, a hook that no forward reached.
 
@@ -71,9 +94,11 @@ def ablate(
     with contextlib.ExitStack() as exit_stack:
         exit_stack.enter_context(eager())
         for point in points:
-            features = _features(point, indices[point.name])
-            setter = _setter(point, features, _values(point, features, values[point.name]), silent)
-            exit_stack.callback(add_hook(names.model.get_submodule(point.module_path), point.side, setter))
+            module, features = names.model.get_submodule(point.module_path), _features(point, indices[point.name])
+            ablation = Ablation(point.side, features, _values(point, features, values[point.name]))
+            exit_stack.callback(add_hook(module, point.side, _setter(point, ablation, silent)))
+            _open.setdefault(module, []).append(ablation)
+            exit_stack.callback(_open[module].remove, ablation)
         yield
     if silent:
         raise never_fired(sorted(silent))
@@ -96,7 +121,12 @@ def _features(point: HookPoint, indices: Iterable[int] | Tensor) -> Tensor:
     return torch.tensor(features, dtype=torch.int64, device="cpu")
 
 
-def _values(point: HookPoint, features: Tensor, value: float | Tensor) -> float | Tensor:
+def _values(point: HookPoint, features: Tensor, value: float | Values) -> float | Tensor:
+    if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str):
+        try:
+            value = torch.as_tensor(value)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"{point.name}: values must be numbers: {error}") from None
     if not isinstance(value, Tensor) or value.dim() == 0:
         return as_float(
             f"{point.name}: value", value.item() if isinstance(value, Tensor) else value, "a number or a tensor"
@@ -119,7 +149,9 @@ def _check_range(name: str, features: list[int], width: int | None) -> None:
         raise ValueError(f"{name}: feature index {wrong[0]} is out of range, expected {known}")
 
 
-def _setter(point: HookPoint, features: Tensor, value: float | Tensor, silent: set[str]) -> Callable[[Any], Tensor]:
+def _setter(point: HookPoint, ablation: Ablation, silent: set[str]) -> Callable[[Any], Tensor]:
+    features, value = ablation.features, ablation.value
+
     def set_features(x: Any) -> Tensor:
         silent.discard(point.name)
         if not isinstance(x, Tensor) or x.is_nested:
@@ -130,6 +162,9 @@ def _setter(point: HookPoint, features: Tensor, value: float | Tensor, silent: s
             raise ValueError(f"{point.name}: activations of width {x.shape[-1]}, but the hook's width is {point.width}")
         if point.width is None:
             _check_range(point.name, features.tolist(), x.shape[-1])
+        limit = torch.finfo(x.dtype).max if x.is_floating_point() else math.inf
+        if isinstance(value, float) and limit < abs(value) < math.inf:
+            raise ValueError(f"{point.name}: value {value} is beyond {x.dtype}, the dtype of the activations")
         if isinstance(value, Tensor):
             return x.index_copy(-1, features.to(x.device), value.to(x).expand(*x.shape[:-1], -1)).view(shape)
         return x.index_fill(-1, features.to(x.device), value).view(shape)
@@ -143,6 +178,11 @@ def _check_settable(names: Names, point: HookPoint) -> None:
         raise ValueError(
             f"an SAE stands at {point.name}, and the model goes on with what that makes of the activations: ablate its "
             f"latents ({point.module_path}.hook_sae_acts_post), or take it off first"
+        )
+    if point.name in names.points and (shared := names.sharing(point)):
+        raise ValueError(
+            f"{point.name} and {some(shared)} are one module, and setting one would set all: name the module, "
+            f"{point.module_path!r}, if that is meant"
         )
     if point.kind != "rows" or point.side != "input":
         return

@@ -20,6 +20,9 @@ DOWN_PROJECTIONS = frozenset(
 )
 """The last part of a down-projection's path, over all architectures (BERT's `output.dense` is a rule of its own)."""
 
+WRAPPED = ("base_layer", "linear", "base", "original", "original_layer", "orig", "org_module", "wrapped", "module")
+"""What wrappers (PEFT's, torchao's, handmade LoRAs) call the layer that they wrap."""
+
 ATTENTION_PARTS = ("attn", "attention")
 """A path part that contains one of these (in lower case) is attention: `attn.c_proj` is no MLP's down-projection."""
 
@@ -73,7 +76,7 @@ def survey_block(block: nn.Module) -> BlockSurvey:
 
 def inner(module: nn.Module) -> nn.Module:
     """The module itself, without what a LoRA or clipping wrapper puts around it."""
-    for attribute in ("base_layer", "linear"):
+    for attribute in WRAPPED:
         wrapped = getattr(module, attribute, None)
         if isinstance(wrapped, nn.Module):
             return wrapped

@@ -29,8 +29,9 @@ class capture:
 
     The model computes exactly what it would without. Every forward appends to the cache: of each hook, the tokens that
     the attention mask keeps (all, if the model is given none). With gradient checkpointing only the first computation
-    counts. A model that was compiled runs eagerly inside the context. Forwards come one after the other: the tokens of
-    threads that run the model at once are not told apart.
+    counts; so no forward is captured that somebody runs within a backward pass. A model that was compiled runs eagerly
+    inside the context. Forwards come one after the other: the tokens of threads that run the model at once are not told
+    apart.
 
     What is captured is on the CPU. From a GPU it travels while the model goes on, packed; a hook waits for none but the
     work before the hook two earlier, and with `select` or `saes` for its own; the first hook for the mask. A forward
@@ -44,10 +45,10 @@ class capture:
             packed, and `select` applies to it. With `saes`, None is no hook but their latents.
         select: None keeps every value that is not zero, exactly. `pyfacts.topk(k)` and `pyfacts.min_abs(theta)` keep
             less of dense neurons; `dropped_share` of the result says how much they dropped.
-        token_mask: which tokens to keep. A bool tensor [batch, pos], or a dict of them for the streams "encoder" and
-            "decoder", stands instead of the attention mask. A callable is given `input_ids` and returns one, for
-            several forwards; of the tokens that it names, those are kept that the attention mask keeps too (`lambda
-            ids: ids != tokenizer.bos_token_id`).
+        token_mask: which tokens to keep. A tensor [batch, pos] of bools, or of zeros and ones, or a dict of them for
+            the streams "encoder" and "decoder", stands instead of the attention mask. A callable is given `input_ids`
+            and returns one, for several forwards; of the tokens that it names, those are kept that the attention mask
+            keeps too (`lambda ids: ids != tokenizer.bos_token_id`).
         saes: SAEs by the hook whose activations they read: the residual stream (`blocks.3.hook_resid_pre`), an MLP's
             input, neurons or output, or a module path. Each adds its latents [n_tokens, d_sae], under the hook's name
             followed by `.hook_sae_acts_post`, in the SAE's own dtype whatever the model's; what the SAE reads is not

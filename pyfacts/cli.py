@@ -290,6 +290,14 @@ def bench(
     out.print(measure.table(measure.run(quick=quick)), highlight=False)
 
 
+CONTROLS: dict[int, int | str] = {
+    **{code: 0x2400 + code for code in range(32)},
+    ord("\n"): "⏎",
+    **dict.fromkeys(range(0x7F, 0xA0), "\N{REPLACEMENT CHARACTER}"),
+}
+"""What would move a terminal's cursor or change its colours, for str.translate."""
+
+
 def marked_context(context: Context, tokenizer: Any) -> str:
     """The tokens around a firing one as one line of rich markup, the firing one «so»."""
     if tokenizer is None:
@@ -297,7 +305,7 @@ def marked_context(context: Context, tokenizer: Any) -> str:
         ids = [f" {i}" for i in context.token_ids]
         before, firing, after = "".join(ids[:at]), ids[at], "".join(ids[at + 1 :])
     else:
-        before, firing, after = (part.replace("\n", "⏎") for part in context.text(tokenizer))
+        before, firing, after = (part.translate(CONTROLS) for part in context.text(tokenizer))
     word = firing.lstrip() or firing
     before += firing.removesuffix(word)
     return f"{escape(before)}[bold reverse]{escape(f'«{word}»')}[/bold reverse]{escape(after)}"

@@ -183,11 +183,16 @@ class EncodedActivations:
 
     def to(self, device: torch.device | str) -> "EncodedActivations":
         """Returns the encoding on another device (itself if it is there already)."""
+        if isinstance(device, torch.dtype):
+            raise TypeError(f"values stay as they are: to_dense().to({device}) is dense, encode() packs that again")
         if torch.device(device) == self.device:
             return self
         counts, index, values, tile_ptr = (plane.to(device) for plane in self.planes)
         sq_norm = None if self.sq_norm is None else self.sq_norm.to(device)
         return replace(self, counts=counts, index=index, values=values, tile_ptr=tile_ptr, sq_norm=sq_norm)
+
+    def __array__(self, *args: object, **kwargs: object) -> np.ndarray:
+        raise TypeError("an encoding is no array: to_dense() makes one, to_scipy() a sparse one")
 
     def cpu(self) -> "EncodedActivations":
         """Returns the encoding on the CPU."""

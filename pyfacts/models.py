@@ -98,6 +98,8 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The model inside `torch.compile`'s and data-parallel wrappers."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a model that is a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("a torch.jit module runs past the hooks of Python: give the module that it was made of")
     while True:
         inner = getattr(model, "_orig_mod", None)
         if inner is None and list(model._modules) == ["module"]:
@@ -127,7 +129,7 @@ class Names:
         self._lens_hooks = lens.named_hooks(self.model)
         found = lens.survey(self.model, self._lens_hooks) if self._lens_hooks else stacks.survey(self.model)
         self.points = found.points
-        self._refused, self._ambiguous = found.refused, found.ambiguous
+        self._refused, self._overlooked, self._ambiguous = found.refused, found.overlooked, found.ambiguous
 
     # ---- several -----------------------------------------------------------------------------------------------------
 
@@ -155,6 +157,8 @@ class Names:
         neurons = [point for point in self.points.values() if point.kind == "neurons"]
         if not neurons:
             raise ValueError(self.nothing())
+        if self._overlooked:
+            warn(f"{len(self._overlooked)} of the model's blocks are left out. {self._refused[self._overlooked[0]]}")
         return neurons
 
     def accepted_by(self, accepts: Callable[[str], bool]) -> list[HookPoint]:
@@ -219,6 +223,12 @@ class Names:
             return point.module_path, point.side
 
         return place(a) == place(b)
+
+    def sharing(self, point: HookPoint) -> list[str]:
+        """Other hooks at the same side of the same module, under another path: layers that share it."""
+        module = self.model.get_submodule(point.module_path)
+        others = (p for p in self.points.values() if p.side == point.side and p.module_path != point.module_path)
+        return [other.name for other in others if self.model.get_submodule(other.module_path) is module]
 
     # ---- one ---------------------------------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ OTHER_TOWERS = re.compile(r"vision|visual|image|video_tower|video_model|audio|sp
 class _Stack:
     path: str
     blocks: dict[int, tuple[str, BlockSurvey]]  # index -> (path, what is in it)
+    overlooked: dict[int, str]  # index -> path of a module that is a down-projection in other blocks
 
     @property
     def example(self) -> str:
@@ -48,6 +49,13 @@ def survey(model: nn.Module) -> Survey:
         activation = _activation(model, stack.path)
         for index, (path, found) in stack.blocks.items():
             _name_block(model, f"{prefix}.{index}", path, found, activation, result)
+        for index, path in stack.overlooked.items():
+            name = f"{prefix}.{index}.mlp.hook_post"
+            result.overlooked.append(name)
+            result.refused[name] = (
+                f"{name}: {path} is not recognised as what it is in other blocks (a module around a Linear should have "
+                f"its in_features and out_features, or keep it as base_layer); name the module, names_filter={path!r}"
+            )
     return result
 
 
@@ -57,19 +65,29 @@ def _stacks(model: nn.Module) -> Iterator[_Stack]:
     for path, module in model.named_modules():
         if not isinstance(module, nn.ModuleList | nn.Sequential) or any(path.startswith(outer) for outer in inside):
             continue
-        blocks = {}
+        blocks: dict[int, tuple[str, BlockSurvey]] = {}
+        others: dict[int, tuple[str, BlockSurvey]] = {}
         for name, child in module.named_children():
             block_path = f"{path}.{name}" if path else name
             while isinstance(getattr(child, "_orig_mod", None), nn.Module):  # a block that is compiled by itself
                 child, block_path = child._orig_mod, f"{block_path}._orig_mod"  # type: ignore[assignment]
             found = survey_block(child)
-            if (found.mlps or found.experts) and name.isdigit():
-                blocks[int(name)] = (block_path, found)
+            if name.isdigit():
+                (blocks if found.mlps or found.experts else others)[int(name)] = (block_path, found)
         if _has_attentions_beside(model, path):  # XLM's feed-forwards: the stream passes around them
             blocks = {index: (where, found.without_the_stream()) for index, (where, found) in blocks.items()}
         if blocks and all(len(_plain_mlps(found)) <= 1 for _, found in blocks.values()):
             inside.append(f"{path}." if path else "")
-            yield _Stack(path, blocks)
+            downs = {mlp.down for _, found in blocks.values() for mlp in found.mlps}
+            named = ((index, f"{where}.{down}") for index, (where, _) in others.items() for down in downs)
+            yield _Stack(path, blocks, {index: down for index, down in named if _has(model, down)})
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    try:
+        return model.get_submodule(path) is not None
+    except AttributeError:
+        return False
 
 
 def _has_attentions_beside(model: nn.Module, path: str) -> bool:

@@ -443,6 +443,11 @@ def _check(point: HookPoint, value: Any, sae: SparseAutoencoder | None) -> Tenso
     side = f"the {point.side} of {point.module_path or 'the model'}"
     if not isinstance(value, Tensor):
         raise TypeError(f"{point.name}: {side} is {type(value).__name__}, not a tensor; name a module that has one")
+    if torch._C._functorch.is_batchedtensor(value):
+        raise TypeError(
+            f"{point.name}: {side} is one of many under torch.func.vmap, whose numbers pyfacts cannot keep: call the "
+            "model on the whole batch"
+        )
     if value.dtype not in DTYPES:
         raise TypeError(
             f"{point.name}: {side} is {value.dtype}; activations must be float32, bfloat16 or float16: run the model "

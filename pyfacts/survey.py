@@ -11,6 +11,7 @@ class Survey:
 
     points: dict[str, HookPoint] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)  # a name one would ask for, and why it is not given
+    overlooked: list[str] = field(default_factory=list)  # of those, blocks that should have neurons as others do
     ambiguous: str | None = None  # why there are no names, though there are MLPs
 
 

@@ -179,7 +179,7 @@ class Tokens:
                     f"token_mask has shape {tuple(token_mask.shape)}, but the tokens of {point.name} are "
                     f"[batch, pos] = {list(shape)}{hint}"
                 )
-            wanted = token_mask.detach().reshape(shape) != 0
+            wanted = _as_bools(token_mask.detach()).reshape(shape)
             return wanted if attended is None else wanted & attended.to(wanted.device)
         return self._attended(point)
 
@@ -247,13 +247,21 @@ class Tokens:
         return torch.ones(self.batch, self.length, dtype=torch.bool, device="cpu")
 
 
+def _as_bools(mask: Tensor) -> Tensor:
+    """A token mask, which holds bools, or zeros and ones: an additive mask, or ids, would be taken for its reverse."""
+    wanted = mask != 0
+    if mask.dtype != torch.bool and not torch.equal(wanted.to(mask.dtype), mask):
+        raise ValueError(f"token_mask must hold bools, or zeros and ones, got {mask.dtype} with other values")
+    return wanted
+
+
 def join(parts: Sequence[Activations]) -> Activations:
     """Stack encodings, or tensors of rows, by token."""
+    if len({part.dtype for part in parts}) > 1:
+        raise ValueError(
+            f"rows of {parts[0].dtype} and of another dtype cannot be joined: capture such forwards one by one"
+        )
     if isinstance(parts[0], Tensor):
-        if len({part.dtype for part in parts}) > 1:
-            raise ValueError(
-                f"rows of {parts[0].dtype} and of another dtype cannot be joined: capture such forwards one by one"
-            )
         return parts[0] if len(parts) == 1 else torch.cat(parts)  # type: ignore[arg-type]
     return cat(parts)  # type: ignore[arg-type]
 

@@ -55,7 +55,7 @@ def test_a_value_for_each_neuron(model):
     means = torch.tensor([2.5, -1.0], requires_grad=True)
     fc2.bias.data += fc2.weight.data[:, [3, 1]] @ means.detach()
     fc2.weight.data[:, [3, 1]] = 0
-    for value in (means, {HOOK: means}):
+    for value in (means, {HOOK: means}, means.tolist(), means.detach().numpy()):
         with pyfacts.ablate(model, {HOOK: [3, 1]}, value=value):
             torch.testing.assert_close(logits(model), logits(other))
     values = {HOOK: means, "blocks.0.mlp.hook_post": 0.5}
@@ -157,6 +157,8 @@ def test_compiled_model():
         ({}, 0.0, ValueError, "indices is empty"),
         ([HOOK], 0.0, TypeError, "dict"),
         ({HOOK: [1]}, "0", TypeError, "value must be a number"),
+        ({HOOK: [1]}, ["0"], TypeError, "values must be numbers"),
+        ({HOOK: [1]}, [1.0, 2.0], ValueError, r"1 features take \[1\] values, got \[2\]"),
         ({HOOK: [1]}, {HOOK: torch.ones(2)}, ValueError, r"1 features take \[1\] values, got \[2\]"),
         ({HOOK: [1]}, {HOOK: torch.ones(1, dtype=torch.bool)}, TypeError, "got a torch.strided tensor of torch.bool"),
         ({HOOK: [1, 1]}, {HOOK: torch.ones(2)}, ValueError, "named twice"),
@@ -168,6 +170,31 @@ def test_compiled_model():
 def test_bad_arguments(model, indices, value, error, match):
     with pytest.raises(error, match=match), pyfacts.ablate(model, indices, value):
         pass
+
+
+def test_a_module_that_two_layers_share():
+    model = tiny.opt()
+    layers = model.model.decoder.layers
+    layers[1].fc2 = layers[0].fc2
+    with (
+        pytest.raises(ValueError, match=rf"{HOOK} and blocks\.0\.mlp\.hook_post are one module, .*layers\.1\.fc2"),
+        pyfacts.ablate(model, {HOOK: [1]}),
+    ):
+        pass
+    plain = logits(model)
+    with pyfacts.ablate(model, {"model.decoder.layers.1.fc2": [1]}):  # wherever it runs
+        assert not torch.equal(logits(model), plain)
+
+
+def test_a_value_beyond_the_activations_dtype():
+    model = tiny.opt().half()
+    with pyfacts.ablate(model, {HOOK: [1]}, 65504.0):
+        logits(model)
+    with (
+        pytest.raises(ValueError, match=r"hook_post: value 1000000000\.0 is beyond torch\.float16"),
+        pyfacts.ablate(model, {HOOK: [1]}, 1e9),
+    ):
+        logits(model)
 
 
 def test_the_input_of_a_parallel_block():

@@ -447,6 +447,16 @@ def test_a_capture_whose_end_raises_can_be_opened_again():
     assert len(cache["a"]) == 4
 
 
+def test_many_at_once_under_vmap_are_refused():
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3))
+    for options in ({}, {"select": pyfacts.topk(2)}):
+        with pytest.raises(TypeError, match="2: .*one of many under torch.func.vmap"), capture(model, "2", **options):
+            torch.func.vmap(model)(torch.randn(5, 3))
+    with capture(model, "2") as cache:
+        torch.func.grad(lambda x: model(x).sum())(torch.randn(5, 3))
+    assert len(cache["2"]) == 5
+
+
 def test_rows_of_two_dtypes_are_not_mixed(model):
     with capture(model, "blocks.0.hook_attn_out") as cache:
         model(tiny.tokens())

@@ -89,6 +89,8 @@ def test_masks_that_keep_nothing(model):
     [
         (torch.ones(2, 6, dtype=torch.bool), ValueError, r"token_mask has shape \(2, 6\).*\[2, 7\]"),
         (lambda ids: ids[:, 1:] > 0, ValueError, r"token_mask has shape \(2, 6\)"),
+        (torch.where(MASK == 0, -torch.inf, 0.0), ValueError, "bools, or zeros and ones, got torch.float32 with"),
+        (lambda ids: ids, ValueError, "bools, or zeros and ones, got torch.int64 with other values"),
         (lambda ids: None, TypeError, "NoneType"),
     ],
 )

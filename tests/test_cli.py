@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from rich.text import Text
 from saes import TinySae
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
@@ -214,6 +215,12 @@ def test_top_marks_the_firing_token(run: Run, work: Path) -> None:
     for line, (token, value) in zip(lines[1:], d[hook].top_tokens(5, k=3), strict=True):
         firing = tokenizer.decode([int(d.token_ids[token])])
         assert f"{value:.4g}" in line and f"«{firing.lstrip() or firing}»".replace("\n", "⏎") in line
+
+
+def test_control_characters_of_a_text_do_not_reach_the_terminal() -> None:
+    context = mock.Mock(text=lambda tokenizer: ("a\x1b[31m", "b\x00", "\x9bc\n\x7f"))
+    shown = Text.from_markup(cli.marked_context(context, "a tokenizer")).plain
+    assert shown == "a␛[31m«b␀»�c⏎�"
 
 
 def test_latents_of_saes(run: Run, work: Path) -> None:

@@ -432,6 +432,26 @@ class TestBadInput:
         }[kind]
         assert list(documents.read_documents(source)) == columns["text"]
 
+    @pytest.mark.parametrize("dtype", [object, str])
+    def test_an_array_of_texts(self, tmp_path, tokenizer, ids, dtype):
+        read_texts = read_tokens(np.array(DOCUMENTS, dtype), Directory(tmp_path), load_tokenizer=lambda: tokenizer)
+        assert read_texts.ids.tolist() == [token for document in ids for token in document]
+
+    @pytest.mark.parametrize(
+        ("document", "message"),
+        [
+            ({"text": "w1"}, "document 1 must be text or token ids, got dict with text: give one of these"),
+            (None, "NoneType"),
+        ],
+    )
+    def test_documents_that_are_none(self, tmp_path, document, message):
+        with pytest.raises(ValueError, match=message):
+            read([[1], document], tmp_path)
+
+    def test_a_byte_order_mark(self, tmp_path):
+        (tmp_path / "x.jsonl").write_text('{"text": "w1"}', encoding="utf-8-sig")
+        assert list(documents.read_documents(tmp_path / "x.jsonl")) == ["w1"]
+
     def test_one_text_beside_its_ids(self):
         assert list(documents.read_documents({"text": "w1 w2", "input_ids": [1, 2]})) == [[1, 2]]
 

@@ -19,6 +19,7 @@ import torch
 from dump_models import ARGUMENTS, CONTEXT, HOOKS, N_SEQUENCES, TinyModel, committed_bytes, hooked, one_thread, tokens  # noqa: F401
 from torch import nn
 
+import pyfacts
 from pyfacts.capture import DENSE_ABOVE
 from pyfacts.dump import DumpError, DumpInterrupted, arguments, files, open_dump, shard_writer, worker
 from pyfacts.dump.fingerprint import weights_xxh3
@@ -62,6 +63,21 @@ def test_kill_9_then_resume_gives_the_same_bytes(point, undisturbed, tmp_path):
     d = resume(out)
     assert d.complete
     assert committed_bytes(out) == undisturbed  # and nothing of the killed attempt is left
+
+
+def test_an_ablated_model_is_another_one(tmp_path):
+    """Its weights are the same, and so would be the plan."""
+    model, ids = TinyModel(), tokens(40)
+    zeroed = {HOOKS[0]: range(0, 300, 2)}
+    with pyfacts.ablate(model, zeroed):
+        d = dump(model, ids, tmp_path, names_filter=HOOKS)
+        assert dump(model, ids, tmp_path, names_filter=HOOKS).complete  # the same again
+    assert d.plan["model"]["ablated"].keys() == {HOOKS[0]}
+    with pytest.raises(DumpError, match=r"another dump: model\.ablated\S* is .* there and None here"):
+        dump(model, ids, tmp_path, names_filter=HOOKS)
+    for indices, value in (({HOOKS[0]: [1]}, 0.0), (zeroed, 1.0), ({HOOKS[1]: range(0, 300, 2)}, 0.0)):
+        with pytest.raises(DumpError, match=r"another dump: model\.ablated"), pyfacts.ablate(model, indices, value):
+            dump(model, ids, tmp_path, names_filter=HOOKS)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])

@@ -264,6 +264,15 @@ def test_saved_with_torch(tmp_path: Path) -> None:
     assert torch.equal(again.sq_norm, enc.sq_norm) and again.n_features == 40
 
 
+def test_what_an_encoding_is_not() -> None:
+    enc = pyfacts.encode(torch.eye(5))
+    for make in (np.asarray, lambda enc: np.array([enc, enc], dtype=object)):
+        with pytest.raises(TypeError, match=r"an encoding is no array: to_dense\(\) makes one"):
+            make(enc)
+    with pytest.raises(TypeError, match="values stay as they are"):
+        enc.to(torch.bfloat16)
+
+
 def test_tokens_that_cannot_be_chosen() -> None:
     enc = pyfacts.encode(torch.eye(5))
     for beyond in ([0, 5], torch.tensor([-6]), np.array([2**64 - 1], np.uint64)):

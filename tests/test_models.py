@@ -391,6 +391,59 @@ def test_adapter_around_a_linear():
     ]
 
 
+class Wrapper(nn.Module):
+    """A handmade LoRA of a Linear, under whatever name its maker chose."""
+
+    def __init__(self, name, wrapped):
+        super().__init__()
+        setattr(self, name, wrapped)
+        self.name, self.down = name, nn.Linear(wrapped.in_features, 2, bias=False)
+        self.up = nn.Linear(2, wrapped.out_features, bias=False)
+
+    def forward(self, x):
+        return getattr(self, self.name)(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize("which", [{"down_proj"}, {"gate_proj", "up_proj"}])
+def test_handmade_wrappers_in_one_layer(which):
+    model = tiny.llama_like("Llama")
+    expected = hook_points(model)
+    mlp = model.model.layers[1].mlp
+    for name in which:
+        setattr(mlp, name, Wrapper("base", getattr(mlp, name)))
+    assert hook_points(model) == expected
+
+
+def test_a_block_whose_mlp_is_not_recognised_is_not_left_out_silently():
+    model = tiny.llama_like("Llama")
+    mlp = model.model.layers[1].mlp
+    mlp.down_proj = Wrapper("ours", mlp.down_proj)
+    name, path = "blocks.1.mlp.hook_post", "model.layers.1.mlp.down_proj"
+    said = rf"{name}: {path} is not recognised as what it is in other blocks .*names_filter='{path}'"
+    with pytest.warns(UserWarning, match=f"1 of the model's blocks are left out. {said}"):
+        assert name not in [point.name for point in resolve_hooks(model)]
+    with pytest.warns(UserWarning, match=said):
+        resolve_hooks(model, "blocks.*.mlp.hook_post")
+    with pytest.raises(ValueError, match=said):
+        resolve_hooks(model, name)
+    with pyfacts.capture(model, path) as cache:
+        model(tiny.tokens())
+    assert cache[path].n_features == tiny.D_MLP
+
+
+def test_blocks_of_other_kinds_are_left_out_silently(recwarn):
+    """Nothing in them is called as a down-projection beside them is."""
+    model = tiny.llama_like("Llama")
+    model.model.layers[1].mlp = nn.Identity()
+    assert [point.name for point in resolve_hooks(model)] == ["blocks.0.mlp.hook_post"]
+    assert not recwarn
+
+
+def test_scripted_models_are_refused():
+    with pytest.warns(DeprecationWarning), pytest.raises(TypeError, match="give the module that it was made of"):
+        hook_points(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)))
+
+
 def test_two_towers_that_cannot_be_told_apart():
     """Neither an encoder and a decoder, nor one of text: say which stacks there are, guess nothing."""
     model = nn.Module()

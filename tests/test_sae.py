@@ -227,3 +227,11 @@ def test_folding_in_blocks_equals_folding_at_once(monkeypatch):
 def test_import_is_light():
     program = "import sys, pyfacts; print([m for m in ('transformers', 'sae_lens', 'sparsify') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_saved_and_loaded_with_its_weights_only(tmp_path):
+    sae = pyfacts.SAE(torch.randn(4, 9), torch.zeros(9), torch.randn(9, 4), torch.zeros(4), activation="topk", k=2)
+    torch.save({"sae": sae}, tmp_path / "sae.pt")
+    again = torch.load(tmp_path / "sae.pt")["sae"]
+    assert again.config() == sae.config()
+    assert all(torch.equal(again.tensors()[name], tensor) for name, tensor in sae.tensors().items())

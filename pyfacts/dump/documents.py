@@ -112,6 +112,9 @@ def _ids(document: Any, number: int) -> np.ndarray:
         ids = np.asarray(document, dtype=object)
     if ids.size == 0:
         ids = ids.astype(np.int64)
+    if isinstance(document, Mapping) or document is None:
+        fields = f" with {', '.join(map(str, document))}: give one of these" if document else ""
+        raise ValueError(f"tokens: document {number} must be text or token ids, got {type(document).__name__}{fields}")
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
         raise ValueError(
             f"tokens: document {number} must be text or a flat list of token ids, got shape {ids.shape} of {ids.dtype}"
@@ -162,7 +165,7 @@ def _python_column(column: Any) -> Any:
 @contextlib.contextmanager
 def _utf8(path: Path) -> Iterator[TextIO]:
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             yield file
     except UnicodeDecodeError as error:
         raise ValueError(f"tokens: {path} is not in UTF-8: {error}") from error

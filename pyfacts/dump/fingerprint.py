@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 import xxhash
 from torch import nn
 
+from ..ablate import Ablation, open_ablations
 from ..attach import SparseAutoencoder
 from ..models import unwrap
 from .digest import as_bytes
@@ -25,8 +26,10 @@ def describe_model(model: nn.Module, name: str | None = None) -> dict[str, Any]:
     """Returns the plan's entry for a model: name, class, revision, config, attention, dtype, hash of the weights.
 
     `weights_xxh3` is None where the weights are sharded over processes or not in memory: a resume then relies on the
-    rest.
+    rest. Where neurons are ablated, `ablated` has a hash of what is set, by module. What hooks of others change is not
+    known.
     """
+    ablated = {path: _ablations_xxh3(there) for path, there in open_ablations(unwrap(model)).items()}
     config = getattr(unwrap(model), "config", None)
     values = _config_values(config)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
@@ -38,6 +41,7 @@ def describe_model(model: nn.Module, name: str | None = None) -> dict[str, Any]:
         "attention": getattr(config, "_attn_implementation", None),
         "dtype": str(dtype).removeprefix("torch."),
         "weights_xxh3": weights_xxh3(model.state_dict()),
+        **({"ablated": ablated} if ablated else {}),
     }
 
 
@@ -63,6 +67,16 @@ def weights_xxh3(tensors: Mapping[str, torch.Tensor]) -> str | None:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         data = tensor.detach().cpu().contiguous()
         digest.update(as_bytes(data.reshape(-1).view(torch.uint8).numpy() if data.numel() else b""))
+    return digest.hexdigest()
+
+
+def _ablations_xxh3(ablations: Sequence[Ablation]) -> str:
+    digest = xxhash.xxh3_128()
+    for ablation in ablations:
+        values = torch.as_tensor(ablation.value, dtype=torch.float64).detach().cpu()
+        digest.update(f"{ablation.side} {tuple(ablation.features.shape)} {tuple(values.shape)}\n".encode())
+        digest.update(as_bytes(ablation.features.numpy()))
+        digest.update(as_bytes(values.reshape(-1).numpy()))
     return digest.hexdigest()
 
 

@@ -148,6 +148,8 @@ def read_tokens(
     Raises:
         ValueError, TypeError: the source is empty, of another shape or dtype, or does not fit `token_mask`.
     """
+    if isinstance(source, np.ndarray) and source.dtype.kind in "OU":  # a column of texts, or of lists
+        source = source.tolist()
     array = _as_array(source)
     opened = read_documents(source) if array is None else array
     if isinstance(opened, np.ndarray):

@@ -291,5 +291,8 @@ class SAE:
         return f"got activation {self.activation!r}, {threshold}, k={self.k}"
 
 
+torch.serialization.add_safe_globals([SAE])  # torch.load: tensors, numbers and names
+
+
 def _listed(names: tuple[str, ...]) -> str:
     return ", ".join(map(repr, names[:-1])) + f" or {names[-1]!r}"
