@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import operator
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -123,10 +122,9 @@ def _features(point: HookPoint, indices: Iterable[int] | Tensor) -> Tensor:
 
 def _values(point: HookPoint, features: Tensor, value: float | Values) -> float | Tensor:
     if isinstance(value, Sequence | np.ndarray) and not isinstance(value, str):
-        try:
-            value = torch.as_tensor(value)
-        except (TypeError, ValueError) as error:
-            raise TypeError(f"{point.name}: values must be numbers: {error}") from None
+        numbers = value.tolist() if isinstance(value, np.ndarray) else value
+        each = [as_float(f"{point.name}: each value", number) for number in numbers]
+        value = torch.tensor(each, dtype=torch.float64, device="cpu")
     if not isinstance(value, Tensor) or value.dim() == 0:
         return as_float(
             f"{point.name}: value", value.item() if isinstance(value, Tensor) else value, "a number or a tensor"
@@ -151,6 +149,8 @@ def _check_range(name: str, features: list[int], width: int | None) -> None:
 
 def _setter(point: HookPoint, ablation: Ablation, silent: set[str]) -> Callable[[Any], Tensor]:
     features, value = ablation.features, ablation.value
+    magnitudes = torch.as_tensor(value, device="cpu").detach().double().abs()
+    largest = magnitudes.where(magnitudes.isfinite(), 0).max().item() if magnitudes.numel() else 0.0
 
     def set_features(x: Any) -> Tensor:
         silent.discard(point.name)
@@ -162,9 +162,8 @@ def _setter(point: HookPoint, ablation: Ablation, silent: set[str]) -> Callable[
             raise ValueError(f"{point.name}: activations of width {x.shape[-1]}, but the hook's width is {point.width}")
         if point.width is None:
             _check_range(point.name, features.tolist(), x.shape[-1])
-        limit = torch.finfo(x.dtype).max if x.is_floating_point() else math.inf
-        if isinstance(value, float) and limit < abs(value) < math.inf:
-            raise ValueError(f"{point.name}: value {value} is beyond {x.dtype}, the dtype of the activations")
+        if x.is_floating_point() and largest > torch.finfo(x.dtype).max:
+            raise ValueError(f"{point.name}: a value of {largest:g} is beyond {x.dtype}, the dtype of the activations")
         if isinstance(value, Tensor):
             return x.index_copy(-1, features.to(x.device), value.to(x).expand(*x.shape[:-1], -1)).view(shape)
         return x.index_fill(-1, features.to(x.device), value).view(shape)

@@ -191,8 +191,11 @@ class EncodedActivations:
         sq_norm = None if self.sq_norm is None else self.sq_norm.to(device)
         return replace(self, counts=counts, index=index, values=values, tile_ptr=tile_ptr, sq_norm=sq_norm)
 
-    def __array__(self, *args: object, **kwargs: object) -> np.ndarray:
-        raise TypeError("an encoding is no array: to_dense() makes one, to_scipy() a sparse one")
+    def __array__(self, dtype: object = None, copy: bool | None = None) -> np.ndarray:
+        """One object, as SciPy's matrices are: as a sequence NumPy would take it apart without end."""
+        alone = np.empty((), dtype=object)
+        alone.fill(self)
+        return alone
 
     def cpu(self) -> "EncodedActivations":
         """Returns the encoding on the CPU."""

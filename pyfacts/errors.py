@@ -33,4 +33,4 @@ class CheckpointError(ValueError):
         super().__init__(f"{self.path}: " + (message if field is None else f"{field!r} {message}"))
 
     def __reduce__(self) -> tuple:
-        return type(self), (self.path, self.field, self.what)
+        return type(self), (self.path, self.field, self.what), vars(self)

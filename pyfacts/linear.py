@@ -209,7 +209,7 @@ def sparse_linear(enc: EncodedActivations, W_dec: Tensor, b_dec: Tensor | None =
         )
     if b_dec is not None:
         _check_vector("b_dec", b_dec, W_dec.shape[1], f"W_dec {tuple(W_dec.shape)}")
-    if torch.is_autocast_enabled(enc.device.type):
+    if _autocasts(enc.device):
         W_dec, b_dec = _cast(enc.dtype, W_dec, b_dec)
     _check_alike("enc", enc, W_dec=W_dec, b_dec=b_dec)
     _refuse_tangents(W_dec, b_dec)
@@ -232,9 +232,13 @@ def _topk(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, over_batch: bo
 
 def _autocast(x: Tensor, *others: Tensor | None) -> tuple:
     """The operands in autocast's dtype, where autocast is on; those that may not be operands as they are."""
-    if not isinstance(x, Tensor) or x.device.type == "meta" or not torch.is_autocast_enabled(x.device.type):
+    if not isinstance(x, Tensor) or not _autocasts(x.device):
         return x, *others
     return _cast(torch.get_autocast_dtype(x.device.type), x, *others)
+
+
+def _autocasts(device: torch.device) -> bool:
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def _cast(dtype: torch.dtype, *operands: Tensor | None) -> tuple:

@@ -109,16 +109,23 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def takes_positions_first(model: nn.Module, module_path: str) -> bool:
-    """Whether a module is, or is in, a layer that takes [pos, batch, d_model]: torch's own, FSMT's, or XLNet's."""
-    parts = module_path.split(".")
-    for depth in range(1, len(parts) + 1):
-        layer = model.get_submodule(".".join(parts[:depth]))
-        if isinstance(layer, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
-            return not layer.self_attn.batch_first
-        if (type(layer).__module__.rpartition(".")[2], type(layer).__name__) in POSITIONS_FIRST:
-            return True
-    return False
+def positions_first(model: nn.Module, module_path: str) -> Literal["", "torch", "model"]:
+    """Whether a module is, or is in, one that takes [pos, batch, d_model], and whose convention that is.
+
+    "torch": nn.TransformerEncoder's and its like without batch_first, where the model's ids may be [pos, batch] too;
+    "model": that of a Hugging Face model, whose ids are [batch, pos]; "" if nothing says so.
+    """
+    parts = module_path.split(".") if module_path else []
+    for depth in range(len(parts) + 1):
+        module = model.get_submodule(".".join(parts[:depth]))
+        if isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder):
+            module = module.layers[0]
+        if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
+            attention = getattr(module, "self_attn", None)
+            return "torch" if isinstance(attention, nn.MultiheadAttention) and not attention.batch_first else ""
+        if (type(module).__module__.rpartition(".")[2], type(module).__name__) in POSITIONS_FIRST:
+            return "model"
+    return ""
 
 
 class Names:

@@ -14,7 +14,7 @@ import sys
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from .encoding import DTYPES
 from .errors import HookNeverFired
 from .forwards import Watcher, signature, watch
 from .hook_point import HookPoint
-from .models import takes_positions_first, unwrap
+from .models import positions_first, unwrap
 from .select import Select
 from .tokens import Ends, Forward, Taken, TokenMask, Tokens, cache_of, packs_sequences, past_length, stays
 from .warn import warn
@@ -89,7 +89,7 @@ class ActivationStream:
         self._forward: Forward | None = None
         self._ends: defaultdict[str, Ends] = defaultdict(Ends)
         self._open = False
-        self._positions_first: set[str] = set()  # hooks that see [pos, batch, width]
+        self._positions_first: dict[str, Literal["", "torch", "model"]] = {}  # of each hook
         self._running: int | None = None  # the thread that is inside of `run`
         self._to_the_end = False
         self._complete: Forward | None = None  # that goes on to the end though all hooks have their tokens
@@ -110,7 +110,7 @@ class ActivationStream:
             for path, streams in self._owners(root).items():
                 watcher = Watcher(functools.partial(self._begin, path, streams), self._end, self._fail)
                 exit_stack.callback(watch(root.get_submodule(path), watcher))
-            self._positions_first = {p.name for p in self.points if takes_positions_first(root, p.module_path)}
+            self._positions_first = {p.name: positions_first(root, p.module_path) for p in self.points}
             for point in self.points:
                 exit_stack.callback(add_hook(root.get_submodule(point.module_path), point.side, self._taker(point)))
             if self.stop_early:
@@ -277,8 +277,6 @@ class ActivationStream:
 
     def _take(self, point: HookPoint, value: Any) -> None:
         x = _check(point, value, self.saes.get(point))
-        if point.name in self._positions_first and x.dim() == 3:
-            x = x.transpose(0, 1)
         forward = self._forward
         if forward is None or (forward.owner is None and forward.has_all(point.name)):
             # The blocks were called around the model's own __call__ (`model.forward(...)` does that).
@@ -287,6 +285,7 @@ class ActivationStream:
             forward = self._forward = Forward(owner=None)
             self._warn_of_masks_unseen()
         tokens = forward.tokens.setdefault(point.stream, Tokens())
+        x = tokens.by_sequence(x, self._positions_first[point.name], point.name)
         tokens.settle(x, self.token_mask, point)
         taken = forward.taken.setdefault(point.name, Taken(point.stream))
         x, shared = tokens.choose(x, taken, point.name)
@@ -443,7 +442,7 @@ def _check(point: HookPoint, value: Any, sae: SparseAutoencoder | None) -> Tenso
     side = f"the {point.side} of {point.module_path or 'the model'}"
     if not isinstance(value, Tensor):
         raise TypeError(f"{point.name}: {side} is {type(value).__name__}, not a tensor; name a module that has one")
-    if torch._C._functorch.is_batchedtensor(value):
+    if _is_batched(value):
         raise TypeError(
             f"{point.name}: {side} is one of many under torch.func.vmap, whose numbers pyfacts cannot keep: call the "
             "model on the whole batch"
@@ -467,6 +466,16 @@ def _check(point: HookPoint, value: Any, sae: SparseAutoencoder | None) -> Tenso
             f"{width}: these are not its activations (or, under tensor parallelism, only a shard of them)"
         )
     return value.detach()
+
+
+def _is_batched(x: Tensor) -> bool:
+    """Whether a tensor stands for many under torch.func.vmap, around or within other transforms."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
 
 
 def _recomputing() -> bool:

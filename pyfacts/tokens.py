@@ -12,7 +12,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -117,6 +117,7 @@ class Tokens:
     batch: int = -1
     length: int = -1
     ids: Tensor | None = None
+    told: bool = False  # batch and length are those of ids or embeddings
     attention_mask: Tensor | None = None
     past: int = 0
     cache: Any = None  # what holds the keys and values, if it is an object that stays from forward to forward
@@ -137,9 +138,9 @@ class Tokens:
                 ids = args[0]  # a model of another make: its first argument, if that looks like token ids
             embeds = bound.get(f"{prefix}inputs_embeds")
             if isinstance(ids, Tensor) and ids.dim() == 2 and not ids.is_floating_point():
-                self.ids, (self.batch, self.length) = ids, ids.shape
+                self.ids, (self.batch, self.length), self.told = ids, ids.shape, True
             elif isinstance(embeds, Tensor) and embeds.dim() == 3:
-                self.batch, self.length = embeds.shape[:2]
+                (self.batch, self.length), self.told = embeds.shape[:2], True
         mask = bound.get(f"{prefix}attention_mask")
         if isinstance(mask, Mapping):  # one for each kind of layer
             mask = mask.get("full_attention", next(iter(mask.values()), None))
@@ -147,6 +148,20 @@ class Tokens:
         # may be anything.
         if self.attention_mask is None and isinstance(mask, Tensor) and mask.dim() in ((2, 4) if outermost else (2,)):
             self.attention_mask = mask
+
+    def by_sequence(self, x: Tensor, positions_first: Literal["", "torch", "model"], name: str) -> Tensor:
+        """Activations [pos, batch, width] as [batch, pos, width]; the shape tells, or else `models.positions_first`."""
+        if x.dim() != 3:
+            return x
+        shape, expected = tuple(x.shape[:2]), (self.batch, self.length)
+        if shape[0] != shape[1] and shape in (expected, expected[::-1]):
+            return x if shape == expected else x.transpose(0, 1)
+        if positions_first == "torch" and self.told and shape == expected:
+            raise ValueError(
+                f"{name}: there are as many sequences as positions ({shape[0]}), and with layers that are not "
+                "batch_first the ids may be [batch, pos] or [pos, batch]: give another number of sequences"
+            )
+        return x.transpose(0, 1) if positions_first else x
 
     def settle(self, x: Tensor, token_mask: TokenMask, point: HookPoint) -> None:
         """Fix, at the first activations, how many tokens there are and which are wanted."""
@@ -216,8 +231,8 @@ class Tokens:
             if x.dim() > 2 and x.shape[0] not in (1, self.batch):
                 raise ValueError(
                     f"{name} was handed activations of shape {tuple(x.shape)}, but the forward's tokens are [batch, "
-                    f"pos] = {[self.batch, self.length]}: its module takes them in another order (positions first?), "
-                    "which pyfacts does not know"
+                    f"pos] = {[self.batch, self.length]}: its module takes them in another order, which pyfacts does "
+                    "not know"
                 )
             if self.mask is None:
                 return rows, True

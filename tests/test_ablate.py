@@ -3,6 +3,7 @@
 import copy
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import tiny_models as tiny
 import torch
@@ -55,7 +56,7 @@ def test_a_value_for_each_neuron(model):
     means = torch.tensor([2.5, -1.0], requires_grad=True)
     fc2.bias.data += fc2.weight.data[:, [3, 1]] @ means.detach()
     fc2.weight.data[:, [3, 1]] = 0
-    for value in (means, {HOOK: means}, means.tolist(), means.detach().numpy()):
+    for value in (means, {HOOK: means}, means.tolist(), np.array(means.tolist()[::-1])[::-1]):
         with pyfacts.ablate(model, {HOOK: [3, 1]}, value=value):
             torch.testing.assert_close(logits(model), logits(other))
     values = {HOOK: means, "blocks.0.mlp.hook_post": 0.5}
@@ -157,7 +158,8 @@ def test_compiled_model():
         ({}, 0.0, ValueError, "indices is empty"),
         ([HOOK], 0.0, TypeError, "dict"),
         ({HOOK: [1]}, "0", TypeError, "value must be a number"),
-        ({HOOK: [1]}, ["0"], TypeError, "values must be numbers"),
+        ({HOOK: [1]}, ["0"], TypeError, "each value must be a number"),
+        ({HOOK: [1]}, [None], TypeError, "each value must be a number"),
         ({HOOK: [1]}, [1.0, 2.0], ValueError, r"1 features take \[1\] values, got \[2\]"),
         ({HOOK: [1]}, {HOOK: torch.ones(2)}, ValueError, r"1 features take \[1\] values, got \[2\]"),
         ({HOOK: [1]}, {HOOK: torch.ones(1, dtype=torch.bool)}, TypeError, "got a torch.strided tensor of torch.bool"),
@@ -186,13 +188,14 @@ def test_a_module_that_two_layers_share():
         assert not torch.equal(logits(model), plain)
 
 
-def test_a_value_beyond_the_activations_dtype():
+@pytest.mark.parametrize("value", [1e9, [0.0, 1e9], torch.tensor([-1e9, torch.inf])], ids=str)
+def test_a_value_beyond_the_activations_dtype(value):
     model = tiny.opt().half()
     with pyfacts.ablate(model, {HOOK: [1]}, 65504.0):
         logits(model)
     with (
-        pytest.raises(ValueError, match=r"hook_post: value 1000000000\.0 is beyond torch\.float16"),
-        pyfacts.ablate(model, {HOOK: [1]}, 1e9),
+        pytest.raises(ValueError, match=r"hook_post: a value of 1e\+09 is beyond torch\.float16"),
+        pyfacts.ablate(model, {HOOK: [1, 2]}, value),
     ):
         logits(model)
 

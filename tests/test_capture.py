@@ -452,6 +452,8 @@ def test_many_at_once_under_vmap_are_refused():
     for options in ({}, {"select": pyfacts.topk(2)}):
         with pytest.raises(TypeError, match="2: .*one of many under torch.func.vmap"), capture(model, "2", **options):
             torch.func.vmap(model)(torch.randn(5, 3))
+    with pytest.raises(TypeError, match="under torch.func.vmap"), capture(model, "2:output"):
+        torch.func.vmap(torch.func.grad(lambda x: model(x).sum()))(torch.randn(5, 3))
     with capture(model, "2") as cache:
         torch.func.grad(lambda x: model(x).sum())(torch.randn(5, 3))
     assert len(cache["2"]) == 5

@@ -278,16 +278,20 @@ def test_chunked_feed_forward(select):
     assert caches[0][NEURONS[0]].dropped_share == pytest.approx(caches[1][NEURONS[0]].dropped_share, rel=1e-4)
 
 
-def test_modules_that_take_positions_first_are_refused():
+def test_positions_first_are_told_by_the_shape():
     """As many rows as tokens, but in another order."""
 
     class PositionsFirst(tiny.PlainMlp):
         def forward(self, input_ids):
             return super().forward(torch.nn.functional.one_hot(input_ids.T, 6).float())
 
-    model = PositionsFirst()
-    with pytest.raises(ValueError, match=r"shape \(5, 2, .*\[2, 5\].*positions first"), pyfacts.capture(model, "fc2"):
-        model(torch.zeros(2, 5, dtype=torch.long))
+    model, seen = PositionsFirst(), {}
+    model.fc2.register_forward_pre_hook(lambda module, args: seen.update(h=args[0]))
+    ids = torch.randint(0, 6, (2, 5))
+    with pyfacts.capture(model, "fc2", token_mask=lambda ids: ids > 2) as cache:
+        model(ids)
+    assert torch.equal(cache["fc2"].to_dense(), seen["h"].transpose(0, 1)[ids > 2])
+    assert torch.equal(cache.positions, (ids > 2).nonzero())
 
 
 def test_torchs_layers_take_positions_first_unless_told_otherwise():
@@ -302,6 +306,58 @@ def test_torchs_layers_take_positions_first_unless_told_otherwise():
         assert cache.positions.tolist() == [[i, j] for i in range(2) for j in range(5)]
         expected = seen["h"] if batch_first else seen["h"].transpose(0, 1)
         assert torch.equal(cache["layers.0.linear2"].to_dense(), expected.flatten(0, 1))
+
+
+def test_hooks_in_around_and_at_torchs_layers_agree():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0)
+    with pyfacts.capture(layer, "linear2") as cache:
+        layer(torch.randn(5, 2, 8))
+    assert cache.positions.tolist() == [[i, j] for i in range(2) for j in range(5)]
+    model = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(8), enable_nested_tensor=False)
+    for length in (4, 5):
+        with pyfacts.capture(model, ["layers.1:output", "norm"]) as cache:
+            model(torch.randn(length, 4, 8))
+        assert torch.equal(cache["norm"].to_dense(), cache["layers.1:output"].to_dense())
+
+
+@pytest.mark.parametrize("ids_first", ["batch", "pos"])
+def test_ids_of_a_model_of_torchs_layers(ids_first):
+    """They may be [batch, pos] or [pos, batch]; the shape tells, or nothing does."""
+
+    class LanguageModel(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.emb = nn.Embedding(20, 8)
+            layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0)
+            self.enc = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+
+        def forward(self, src):
+            return self.enc(self.emb(src.T if ids_first == "batch" else src))
+
+    model, hook, seen = LanguageModel(), "enc.layers.0.linear2", {}
+    model.get_submodule(hook).register_forward_pre_hook(lambda module, args: seen.update(h=args[0]))
+    ids = torch.randint(0, 20, (2, 5))
+    with pyfacts.capture(model, hook, token_mask=lambda ids: ids > 6) as cache:
+        model(ids)
+    expected = seen["h"].transpose(0, 1) if ids_first == "batch" else seen["h"]
+    assert torch.equal(cache[hook].to_dense(), expected[ids > 6])
+    with pytest.raises(ValueError, match=r"as many sequences as positions \(4\)"), pyfacts.capture(model, hook):
+        model(ids[:, :4].repeat(2, 1))
+
+
+def test_a_layer_with_an_attention_of_its_own():
+    class Layer(nn.TransformerEncoderLayer):
+        def __init__(self):
+            super().__init__(8, 2, 16)
+            self.self_attn = nn.Identity()
+
+        def forward(self, x):
+            return self.linear2(self.linear1(x).relu())
+
+    layer = Layer()
+    with pyfacts.capture(layer, "linear2") as cache:
+        layer(torch.randn(2, 5, 8))
+    assert cache.positions[-1].tolist() == [1, 4]
 
 
 @pytest.mark.parametrize("kind", ["fsmt", "xlnet"])

@@ -454,6 +454,8 @@ class TestBadInput:
 
     def test_one_text_beside_its_ids(self):
         assert list(documents.read_documents({"text": "w1 w2", "input_ids": [1, 2]})) == [[1, 2]]
+        assert list(documents.read_documents({"text": None, "input_ids": [1, 2]})) == [[1, 2]]
+        assert list(documents.read_documents({"text": "w1 w2", "tokens": 2})) == ["w1 w2"]
 
     def test_a_mapping_of_something_else(self, tmp_path):
         with pytest.raises(ValueError, match=r"the mapping has the fields train, test; one of input_ids"):

@@ -152,9 +152,13 @@ def _mapping(columns: Mapping[str, Any]) -> list[Document]:
 
 
 def _counts_of_texts(name: str, columns: Mapping[str, Any]) -> bool:
-    """Whether a column holds a number for each of several texts; a single text's ids are a number for each token."""
-    several = any(not isinstance(columns.get(text, ""), str) for text in TEXT_FIELDS)
-    return several and name in ID_FIELDS and len(columns[name]) > 0 and np.ndim(columns[name][0]) == 0
+    """Whether an id column is a number, or holds one for each of several texts; a single text's ids are its tokens."""
+    column, texts = columns[name], next((columns[text] for text in TEXT_FIELDS if text in columns), None)
+    if name not in ID_FIELDS:
+        return False
+    if not hasattr(column, "__len__"):
+        return True
+    return not isinstance(texts, str | None) and len(column) == len(texts) > 0 and np.ndim(next(iter(column))) == 0
 
 
 def _python_column(column: Any) -> Any:
@@ -220,7 +224,8 @@ def _dataset(rows: Any, name: str) -> Iterator[Document]:
             yield _row(row, f"a row of {name}")
         return
     features = rows.features or {}
-    numbers = {name for name, kind in features.items() if type(kind).__name__ == "Value" and "string" not in kind.dtype}
+    dtypes = {name: kind.dtype for name, kind in features.items() if type(kind).__name__ == "Value"}
+    numbers = {name for name, dtype in dtypes.items() if "string" not in dtype and dtype != "null"}
     field = _field(rows.column_names, name, numbers)
     columns = [column for column in (field, "attention_mask") if column in rows.column_names]
     for batch in rows.with_format(None).iter(batch_size=1024):

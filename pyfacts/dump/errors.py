@@ -48,4 +48,4 @@ class DumpInterrupted(RuntimeError):
         )
 
     def __reduce__(self) -> tuple:
-        return type(self), (self.signum, self.shards_done, self.shards_total)
+        return type(self), (self.signum, self.shards_done, self.shards_total), vars(self)

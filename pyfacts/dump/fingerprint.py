@@ -73,10 +73,11 @@ def weights_xxh3(tensors: Mapping[str, torch.Tensor]) -> str | None:
 def _ablations_xxh3(ablations: Sequence[Ablation]) -> str:
     digest = xxhash.xxh3_128()
     for ablation in ablations:
-        values = torch.as_tensor(ablation.value, dtype=torch.float64).detach().cpu()
-        digest.update(f"{ablation.side} {tuple(ablation.features.shape)} {tuple(values.shape)}\n".encode())
-        digest.update(as_bytes(ablation.features.numpy()))
-        digest.update(as_bytes(values.reshape(-1).numpy()))
+        features, order = ablation.features.sort()
+        values = torch.as_tensor(ablation.value, device="cpu").detach().double().expand(features.shape)[order]
+        digest.update(f"{ablation.side} {len(features)}\n".encode())
+        digest.update(as_bytes(features.numpy()))
+        digest.update(as_bytes(values.numpy()))
     return digest.hexdigest()
 
 

@@ -48,7 +48,7 @@ def load_npz(path: Path, dtype: torch.dtype | None) -> SAE:
 def load_safetensors(path: Path, dtype: torch.dtype | None) -> SAE:
     config = Config.read(path.parent / "config.json")
     config.expect("architecture", "jump_relu", "Gemma Scope has no other")
-    place = config.text("hf_hook_point_in")
+    place = config.text("hf_hook_point_in") or None
     if config.text("hf_hook_point_out") not in (None, place) or config.flag("affine_connection", False):
         raise _transcoder(path)
     tensors = read_safetensors(path)
