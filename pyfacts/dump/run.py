@@ -66,7 +66,8 @@ def dump(
     Args:
         model: a module, which is called in eval mode without gradients; or a Hugging Face name or directory, which is
             loaded onto the GPU of `LOCAL_RANK` (0 without), or the CPU if there is none or pyfacts has no kernels for
-            it.
+            it. A resume must be of the same weights, and of what `pyfacts.ablate` sets; what hooks of yours change is
+            not looked at.
         tokens: token ids [n_sequences, pos] or [n] without padding (tensor or array, memory-mapped too); what a
             tokenizer returned (padding is dropped by its attention mask); a list of lists; a Hugging Face data set; or
             a path to .txt, .jsonl, .parquet, .npy or a saved data set. Each sequence is given to the model on its own,
