@@ -28,7 +28,6 @@ bool has_whole_rows(const Tensor& matrix) { return matrix.stride(1) == 1 && matr
 // would fall to oneDNN's reference code, a thousand times slower.
 std::optional<Tensor> onednn_weight(const Tensor& weight, int64_t n_tokens) {
   if (!onednn_has(weight.scalar_type()) || weight.size(1) == 0) return std::nullopt;
-  if (weight.scalar_type() == ScalarType::Float && !cpu_has_avx512()) return std::nullopt;
   if (!has_whole_rows(weight)) {
     if (weight.scalar_type() != ScalarType::Float || n_tokens < kTransposeFromTokens) return std::nullopt;
     return torch::stable::contiguous(weight);
@@ -42,7 +41,7 @@ std::optional<Tensor> onednn_weight(const Tensor& weight, int64_t n_tokens) {
 bool onednn_has(ScalarType type) {
   static const std::optional<bool> bfloat16 = ask_torch("mkldnn::_is_mkldnn_bf16_supported");
   static const std::optional<bool> float16 = ask_torch("mkldnn::_is_mkldnn_fp16_supported");
-  if (type == ScalarType::Float) return bfloat16.has_value();  // of a torch with oneDNN
+  if (type == ScalarType::Float) return bfloat16.has_value() && cpu_has_avx512();  // of a torch with oneDNN
   return (type == ScalarType::BFloat16 ? bfloat16 : float16).value_or(false);
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import operator
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,6 +30,12 @@ class Ablation:
     side: str
     features: Tensor
     value: float | Tensor
+
+    def values(self) -> Tensor:
+        """float64 [n_features] on the CPU."""
+        if isinstance(self.value, Tensor):
+            return self.value.detach().cpu().double()
+        return torch.full(self.features.shape, self.value, dtype=torch.float64, device="cpu")
 
 
 _open: weakref.WeakKeyDictionary[nn.Module, list[Ablation]] = weakref.WeakKeyDictionary()
@@ -149,8 +156,7 @@ def _check_range(name: str, features: list[int], width: int | None) -> None:
 
 def _setter(point: HookPoint, ablation: Ablation, silent: set[str]) -> Callable[[Any], Tensor]:
     features, value = ablation.features, ablation.value
-    magnitudes = torch.as_tensor(value, device="cpu").detach().double().abs()
-    largest = magnitudes.where(magnitudes.isfinite(), 0).max().item() if magnitudes.numel() else 0.0
+    largest = max((abs(v) for v in ablation.values().tolist() if math.isfinite(v)), default=0.0)
 
     def set_features(x: Any) -> Tensor:
         silent.discard(point.name)

@@ -74,10 +74,9 @@ def _ablations_xxh3(ablations: Sequence[Ablation]) -> str:
     digest = xxhash.xxh3_128()
     for ablation in ablations:
         features, order = ablation.features.sort()
-        values = torch.as_tensor(ablation.value, device="cpu").detach().double().expand(features.shape)[order]
         digest.update(f"{ablation.side} {len(features)}\n".encode())
         digest.update(as_bytes(features.numpy()))
-        digest.update(as_bytes(values.numpy()))
+        digest.update(as_bytes(ablation.values()[order].numpy()))
     return digest.hexdigest()
 
 
