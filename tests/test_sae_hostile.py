@@ -293,6 +293,8 @@ def test_a_transcoder_of_gemma_scope_2(tmp_path, config):
 def test_gemma_scope_2_refuses(tmp_path):
     gemma_scope_2(tmp_path, {"architecture": "topk"})
     refused(tmp_path, "config.json: 'architecture' must be 'jump_relu', got 'topk'")
+    gemma_scope_2(tmp_path, {"architecture": None})
+    refused(tmp_path, "config.json: 'architecture' must be 'jump_relu', got None")
     gemma_scope_2(tmp_path, affine_skip_connection=torch.ones(D_IN, D_IN))
     refused(tmp_path, "affine_skip_connection")
     gemma_scope_2(tmp_path, w_enc=torch.ones(D_IN, 2, D_SAE))

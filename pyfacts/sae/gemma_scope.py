@@ -47,7 +47,8 @@ def load_npz(path: Path, dtype: torch.dtype | None) -> SAE:
 
 def load_safetensors(path: Path, dtype: torch.dtype | None) -> SAE:
     config = Config.read(path.parent / "config.json")
-    config.expect("architecture", "jump_relu", "Gemma Scope has no other")
+    if config.text("architecture") != "jump_relu":
+        raise config.error("architecture", f"must be 'jump_relu', got {config.text('architecture')!r}")
     place = config.text("hf_hook_point_in") or None
     if config.text("hf_hook_point_out") not in (None, place) or config.flag("affine_connection", False):
         raise _transcoder(path)
