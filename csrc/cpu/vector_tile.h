@@ -268,17 +268,25 @@ void search(const Search& search) {
 
 // ---- Decode ---------------------------------------------------------------------------------------------------
 
+// Sixteen columns are two streams each, more than the hardware follows: without prefetches of ours every line of them
+// is waited for (on Zen 3, 4,096 x 16,384 bf16 at 10 %: 34 ms, and 14 with them). 128 and 512 bytes ahead were slower.
+constexpr int64_t kBytesAhead = 256;
+
 // Unpacks one segment, zeros included, as 256 elements; false if it breaks the format.
 template <typename Isa, typename T>
 bool decode_segment(uint8_t count, int64_t width, uint32_t zero_mask, const uint8_t*& index, const uint8_t*& values,
                     uint8_t* out) {
   const int64_t bitmap_bytes = (width + 7) / 8;
   int64_t n = count;
+  prefetch_to_l1(index + kBytesAhead, kLineBytes);
+  prefetch_to_l1(values + kBytesAhead, n * sizeof(T));
   if (n <= bitmap_bytes) {
     Isa::clear(out, kColumnWidth * sizeof(T));
     if (n == 0) return true;
     if (!Isa::ascending(index, n) || index[n - 1] >= width) return false;
-    for (int64_t i = 0; i < n; ++i) std::memcpy(out + index[i] * sizeof(T), values + i * sizeof(T), sizeof(T));
+    const uint8_t* const positions = index;  // local, as the stores of bytes might change what `index` refers to
+    const uint8_t* const from = values;
+    for (int64_t i = 0; i < n; ++i) std::memcpy(out + positions[i] * sizeof(T), from + i * sizeof(T), sizeof(T));
     index += n;
   } else {
     uint64_t words[4] = {};
