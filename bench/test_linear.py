@@ -17,9 +17,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 D_OUT = 768
 
 
-@pytest.fixture(autouse=True)
-def products(request: pytest.FixtureRequest) -> None:
-    """Skips bfloat16 where the CPU has no such products: `linear` too takes seven times as long as in float32."""
+@pytest.fixture
+def fast_peer(request: pytest.FixtureRequest) -> None:
+    """Skips bfloat16 where the CPU has no such products: `linear` takes seven times as long as in float32."""
     if request.getfixturevalue("dtype") == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("this CPU has no bfloat16 products")
 
@@ -47,7 +47,9 @@ def test_linear_relu_encode(
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("op", ["jumprelu", "topk", "batch topk"])
-def test_sae_encoders(compare: Callable[..., None], op: str, dtype: torch.dtype, both_cores: None) -> None:
+def test_sae_encoders(
+    compare: Callable[..., None], op: str, dtype: torch.dtype, fast_peer: None, both_cores: None
+) -> None:
     """65,536 latents; the threshold lets about 32 of a token's pass, as many as k."""
     x, weight, bias = operands(4096, 768, 65536, 0.5, dtype)
     threshold = torch.full_like(bias, NormalDist().inv_cdf(1 - 32 / 65536))
@@ -85,12 +87,16 @@ def encoder_case(op: str, call: bench.Call, peers: dict[str, bench.Call], x: Ten
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("density", [0.01, 0.1, 0.3])
-def test_sparse_linear(compare: Callable[..., None], density: float, dtype: torch.dtype, both_cores: None) -> None:
+def test_sparse_linear(
+    compare: Callable[..., None], density: float, dtype: torch.dtype, fast_peer: None, both_cores: None
+) -> None:
     compare(sparse_linear_case(bench.activations(4096, 16384, density, torch.float32).to(dtype)), rounds=5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_sparse_linear_of_an_sae(compare: Callable[..., None], dtype: torch.dtype, both_cores: None) -> None:
+def test_sparse_linear_of_an_sae(
+    compare: Callable[..., None], dtype: torch.dtype, fast_peer: None, both_cores: None
+) -> None:
     compare(sparse_linear_case(topk_latents(4096, 65536, 32).to(dtype)), rounds=3)
 
 

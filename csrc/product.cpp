@@ -3,6 +3,10 @@
 // oneDNN 140. bfloat16 is oneDNN's either way; its inner product is 2 to 15 % faster than the matmul that aten::linear
 // takes. Weights in its own order make that 5 to 15 % of either dtype, once 4,096 tokens repay the reordering; at 2,048
 // it depends on d_in, at 1,024 it costs more than it gains.
+//
+// On CPUs without half-precision products (bfloat16 needs AVX-512 BF16, float16 AVX-512 FP16, which no AMD has)
+// aten::linear takes 5 to 7 times as long for them as for float32. Operands widened and a product rounded once cost 2
+// to 10 % beside the float32 product itself, from 128 tokens on.
 #include "product.h"
 
 #include <string>
@@ -13,6 +17,7 @@ namespace {
 
 constexpr int64_t kReorderFromTokens = 4096;
 constexpr int64_t kTransposeFromTokens = 512;
+constexpr int64_t kWidenFromTokens = 8;  // fewer do not repay the widening of the weight
 
 bool cpu_has_avx512() {
 #if defined(__x86_64__)
@@ -36,6 +41,18 @@ std::optional<Tensor> onednn_weight(const Tensor& weight, int64_t n_tokens) {
   return call_torch("mkldnn::_reorder_linear_weight", "", weight, std::optional<int64_t>(n_tokens));
 }
 
+// With `out` autocast leaves the operands as they are.
+Tensor aten_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const Tensor out = torch::stable::new_empty(x, {x.size(0), weight.size(0)});
+  return call_torch("aten::linear", "out", x, weight, bias, out);
+}
+
+Tensor widened_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const auto widen = [](const Tensor& narrow) { return torch::stable::to(narrow, ScalarType::Float); };
+  const Tensor product = linear(widen(x), widen(weight), bias ? std::optional<Tensor>(widen(*bias)) : std::nullopt);
+  return torch::stable::to(product, x.scalar_type());
+}
+
 }  // namespace
 
 bool onednn_has(ScalarType type) {
@@ -46,8 +63,12 @@ bool onednn_has(ScalarType type) {
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const ScalarType type = x.scalar_type();
+  if (type != ScalarType::Float && !onednn_has(type) && x.size(0) >= kWidenFromTokens) {
+    return widened_linear(x, weight, bias);
+  }
   const std::optional<Tensor> prepared = onednn_weight(weight, x.size(0));
-  if (!prepared) return call_torch("aten::linear", "", x, weight, bias);
+  if (!prepared) return aten_linear(x, weight, bias);
   std::optional<Tensor> whole_bias;  // other strides would be ignored
   if (bias) whole_bias = torch::stable::contiguous(*bias);
   return call_torch("mkldnn::_linear_pointwise", "", x, *prepared, whole_bias, std::string("none"),

@@ -5,7 +5,7 @@
 
 namespace pyfacts {
 
-// x @ weight.T + bias: [n_tokens, n_features].
+// x @ weight.T + bias: [n_tokens, n_features], in the operands' dtype, summed in float32.
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias);
 
 // Whether linear multiplies this dtype with oneDNN, which sums in float32.

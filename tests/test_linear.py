@@ -86,6 +86,16 @@ def test_as_accurate_as_torch(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_tokens", [3, 40])  # with few, operands in half precision are not widened
+def test_sums_are_float32(n_tokens: int, dtype: torch.dtype) -> None:
+    """Large terms cancel, and leave what half precision would have rounded away, or to infinity."""
+    x = torch.tensor([300.0, 1.0, -300.0], dtype=dtype).expand(n_tokens, 3)
+    weight = torch.tensor([300.0, 1.0, 300.0], dtype=dtype).expand(500, 3)
+    enc = pyfacts.linear_relu_encode(x, weight, torch.ones(500, dtype=dtype))
+    assert_encodes(enc, torch.full((n_tokens, 500), 2.0, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_and_infinity_pass_as_in_torch(dtype: torch.dtype) -> None:
     """Also the negative NaN that x86 makes of inf - inf."""
     x = torch.tensor([[float("inf")], [float("nan")], [1.0]], dtype=dtype)
