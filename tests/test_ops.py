@@ -131,13 +131,16 @@ def test_operands_that_do_not_fit_are_refused_by_the_ops_too() -> None:
         ):
             with pytest.raises(RuntimeError):
                 call(*operands)
-    with torch.autocast("cpu", torch.bfloat16):
-        for call in (
-            lambda: OPS.linear_relu_encode(x[:9], weight.T.contiguous().T, None, "relu", None, True),
-            lambda: OPS.gated_relu_encode(x[:9], weight.T.contiguous().T, weight, None, None),
-        ):
-            with pytest.raises(RuntimeError):
-                call()
+
+
+def test_the_ops_compute_in_their_operands_dtype_whatever_autocast_says() -> None:
+    x, transposed = torch.randn(9, 256), torch.randn(256, 300).T
+    for dtype in (torch.float32, torch.bfloat16):
+        operands = x.to(dtype), transposed.to(dtype)
+        expected = OPS.linear_relu_encode(*operands, None, "relu", None, True)
+        with torch.autocast("cpu", torch.float16):
+            found = OPS.linear_relu_encode(*operands, None, "relu", None, True)
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
 def test_a_buffer_that_is_written_to_is_changed_for_autograd() -> None:

@@ -30,10 +30,6 @@ struct Avx2 {
   static void clear(uint8_t* out, int64_t n_bytes) {
     for (int64_t i = 0; i < n_bytes; i += 32) store256(out + i, _mm256_setzero_si256());
   }
-  static void move_line(const uint8_t* from, uint8_t* to) {
-    store256(to, load256(from));
-    store256(to + 32, load256(from + 32));
-  }
   static void stream_line(const uint8_t* from, uint8_t* to) {
     _mm256_stream_si256(reinterpret_cast<__m256i*>(to), load256(from));
     _mm256_stream_si256(reinterpret_cast<__m256i*>(to + 32), load256(from + 32));

@@ -13,7 +13,6 @@ struct Avx512Common {
   static void clear(uint8_t* out, int64_t n_bytes) {
     for (int64_t i = 0; i < n_bytes; i += 64) _mm512_storeu_si512(out + i, _mm512_setzero_si512());
   }
-  static void move_line(const uint8_t* from, uint8_t* to) { _mm512_store_si512(to, _mm512_loadu_si512(from)); }
   static void stream_line(const uint8_t* from, uint8_t* to) {
     _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
   }

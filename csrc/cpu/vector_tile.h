@@ -14,7 +14,7 @@
 //   widen<dtype>(from), narrow<dtype>(x, to)               kLanes elements to floats, and back
 //   list_positions(index, first, inner)                    kLanes positions as 32-bit numbers, counted on from first
 //   clear(out, n_bytes)                                    whole lines of 64 bytes
-//   move_line(from, to), stream_line(from, to)             one line, `to` aligned; end_streaming() ends the latter
+//   stream_line(from, to)                                  one line past the caches, `to` aligned; end_streaming()
 //   kFewest, kFew, kSome                                   up to so many values pack_few, of 2, 4 or 8 steps, is faster
 //                                                          than pack_both
 //   kSpread                                                whether to prefetch a quarter of a segment at a time
@@ -302,45 +302,64 @@ bool decode_segment(uint8_t count, int64_t width, uint32_t zero_mask, const uint
   return ok;
 }
 
-// Copies whole cache lines of the output as such.
+// Copies past the caches, in whole lines of the output.
 template <typename Isa>
-void write_out(const uint8_t* from, uint8_t* to, int64_t n_bytes, bool stream) {
+void stream(const uint8_t* from, uint8_t* to, int64_t n_bytes) {
   const int64_t to_line = -reinterpret_cast<intptr_t>(to) & (kLineBytes - 1);
   int64_t i = to_line < n_bytes ? to_line : n_bytes;
   if (i > 0) std::memcpy(to, from, i);
-  if (stream) {
-    for (; i + kLineBytes <= n_bytes; i += kLineBytes) Isa::stream_line(from + i, to + i);
-  } else {
-    for (; i + kLineBytes <= n_bytes; i += kLineBytes) Isa::move_line(from + i, to + i);
-  }
+  for (; i + kLineBytes <= n_bytes; i += kLineBytes) Isa::stream_line(from + i, to + i);
   if (i < n_bytes) std::memcpy(to + i, from + i, n_bytes - i);
 }
 
-template <typename Isa>
-void stream(const uint8_t* from, uint8_t* to, int64_t n_bytes) {
-  write_out<Isa>(from, to, n_bytes, true);
-}
-
 // A row's part of the group is unpacked in L1 and leaves it in whole cache lines: only those can be streamed, and a
-// wide load right behind the narrow stores of its line would stall. (8 columns of bf16 at a time were 17 % slower.)
+// wide load right behind the narrow stores of its line would stall. 8 columns of bf16 at a time were 17 % slower; on
+// Zen 3, lines that leave while the rest of the row is unpacked take twice as long.
 template <typename Isa, typename T>
-bool decode(const DecodeTile& tile) {
+bool decode_streaming(const DecodeTile& tile) {
   constexpr int64_t kSegmentBytes = kColumnWidth * sizeof(T);
   alignas(kLineBytes) uint8_t buffer[kUnpackColumns * kSegmentBytes + kLineBytes];
   const int64_t n_bytes = ((tile.n_columns - 1) * kColumnWidth + tile.last_width) * sizeof(T);
   bool ok = true;
   for (int64_t row = 0; row < tile.n_rows && ok; ++row) {
-    uint8_t* out = tile.out + row * tile.row_bytes;
-    uint8_t* x = buffer + (reinterpret_cast<uintptr_t>(out) & (kLineBytes - 1));
+    uint8_t* const out = tile.out + row * tile.row_bytes;
+    uint8_t* const x = buffer + (reinterpret_cast<uintptr_t>(out) & (kLineBytes - 1));
     for (int64_t c = 0; c < tile.n_columns && ok; ++c) {
       const int64_t width = c + 1 < tile.n_columns ? kColumnWidth : tile.last_width;
       ok = decode_segment<Isa, T>(tile.counts[row * kUnpackColumns + c], width, tile.zero_mask, tile.index[c],
                                   tile.values[c], x + c * kSegmentBytes);
     }
-    write_out<Isa>(x, out, n_bytes, tile.stream);
+    stream<Isa>(x, out, n_bytes);
   }
-  if (tile.stream) Isa::end_streaming();
+  Isa::end_streaming();
   return ok;
+}
+
+template <typename Isa, typename T>
+bool decode_in_place(const DecodeTile& tile) {
+  constexpr int64_t kSegmentBytes = kColumnWidth * sizeof(T);
+  const bool narrow = tile.last_width < kColumnWidth;
+  const int64_t n_full = tile.n_columns - (narrow ? 1 : 0);
+  uint8_t padded[kSegmentBytes];
+  bool ok = true;
+  for (int64_t row = 0; row < tile.n_rows && ok; ++row) {
+    const uint8_t* const counts = tile.counts + row * kUnpackColumns;
+    uint8_t* const out = tile.out + row * tile.row_bytes;
+    for (int64_t c = 0; c < n_full && ok; ++c) {
+      ok = decode_segment<Isa, T>(counts[c], kColumnWidth, tile.zero_mask, tile.index[c], tile.values[c],
+                                  out + c * kSegmentBytes);
+    }
+    if (!narrow || !ok) continue;
+    ok = decode_segment<Isa, T>(counts[n_full], tile.last_width, tile.zero_mask, tile.index[n_full],
+                                tile.values[n_full], padded);
+    std::memcpy(out + n_full * kSegmentBytes, padded, tile.last_width * sizeof(T));
+  }
+  return ok;
+}
+
+template <typename Isa, typename T>
+bool decode(const DecodeTile& tile) {
+  return tile.stream ? decode_streaming<Isa, T>(tile) : decode_in_place<Isa, T>(tile);
 }
 
 // ---- Products -------------------------------------------------------------------------------------------------
