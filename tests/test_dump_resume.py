@@ -47,6 +47,22 @@ def raise_at(tokens_done, error):
     return progress
 
 
+SLOW_DUMP = """
+import sys, time
+from dump_models import *
+from pyfacts.dump.run import dump
+
+class SlowModel(TinyModel):
+    def forward(self, ids):
+        with open(sys.argv[2], "ab") as log:
+            log.write(b".")
+        time.sleep(0.02)
+        return super().forward(ids)
+
+dump(SlowModel(), tokens(N_SEQUENCES), sys.argv[1], **ARGUMENTS | {"shard_tokens": 1024})
+"""
+
+
 def names(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir())
 
@@ -384,6 +400,28 @@ class TestWorkers:
         resume(tmp_path, rank=rank, world_size=3, progress=progress)
         assert int(seen[0]) == rank and committed_bytes(tmp_path) == undisturbed
 
+    def test_what_another_worker_has_begun_comes_last(self, undisturbed, tmp_path):
+        """Also where processes have no numbers, so that all shards are everybody's."""
+        (tmp_path / "00000-66e49e3fe6d7").mkdir()
+        (tmp_path / "00002-66e49e3fe6d8").mkdir()
+        seen = []
+
+        def progress(now):
+            seen.extend(sorted({path.name[:5] for path in tmp_path.glob("0*.json")} - set(seen)))
+
+        resume(tmp_path, progress=progress)
+        assert seen[0] == "00001" and set(seen[-2:]) == {"00000", "00002"}
+        assert committed_bytes(tmp_path) == undisturbed
+
+    def test_processes_without_numbers_share_the_work(self, tmp_path):
+        """Two that took the same shards would run every forward twice."""
+        out, log = tmp_path / "out", tmp_path / "forwards"
+        command = [sys.executable, "-c", SLOW_DUMP, out, log]
+        workers = [subprocess.Popen(command, cwd=Path(__file__).parent) for _ in range(2)]
+        assert [worker.wait(120) for worker in workers] == [0, 0]
+        assert open_dump(out).complete
+        assert log.stat().st_size < 1.4 * N_SEQUENCES * CONTEXT / 128
+
     @pytest.mark.parametrize("method", ["__init__", "commit", "_write_tokens", "_rename"])
     def test_a_worker_that_is_done_sweeps_while_another_writes(self, method, undisturbed, tmp_path, monkeypatch):
         """The other worker finishes everything, and removes what is left of this one's attempt."""
@@ -441,8 +479,8 @@ class TestWorkers:
 
         def progress(now):
             if now.tokens_done >= 4000 and not helped:
-                with pytest.raises(KeyboardInterrupt):
-                    resume(tmp_path, progress=raise_at(6000, KeyboardInterrupt))
+                resume(tmp_path)
+                (tmp_path / "00002.json").unlink()
                 helped.append(True)
 
         monkeypatch.setattr(shard_writer.HookWriter, "add_encoding", fails)
@@ -474,8 +512,13 @@ class TestWorkers:
         monkeypatch.setenv("SLURM_PROCID", "0")
         monkeypatch.setenv("SLURM_NTASKS", "1")
         assert rank_of_process(None, None) == (1, 3)
+        for name, value in {"ID": "5", "MIN": "0", "MAX": "5", "STEP": "1", "COUNT": "3"}.items():  # --array=0,1,5
+            monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
+        assert rank_of_process(None, None) == (5, 6)
         monkeypatch.setenv("RANK", "1")
         monkeypatch.setenv("WORLD_SIZE", "2")
+        assert rank_of_process(None, None) == (5 * 2 + 1, 6 * 2)
+        monkeypatch.delenv("SLURM_ARRAY_TASK_COUNT")
         assert rank_of_process(None, None) == (1, 2)
         monkeypatch.setenv("WORLD_SIZE", "two")
         with pytest.raises(ValueError, match="WORLD_SIZE must be an integer, got 'two'"):

@@ -151,23 +151,26 @@ def check_vocabulary(model: nn.Module, highest_id: int) -> None:
 def rank_of_process(rank: int | None, world_size: int | None) -> tuple[int, int]:
     """This process's number and how many there are, from the arguments, torchrun or Slurm."""
     if rank is None and world_size is None:
-        env = os.environ
-        if "RANK" in env and "WORLD_SIZE" in env:
-            rank, world_size = _number_of("RANK"), _number_of("WORLD_SIZE")
-        else:
-            rank, world_size = 0, 1
-            if "SLURM_ARRAY_TASK_COUNT" in env:
-                first, step = _number_of("SLURM_ARRAY_TASK_MIN", 0), _number_of("SLURM_ARRAY_TASK_STEP", 1)
-                rank = (_number_of("SLURM_ARRAY_TASK_ID") - first) // max(1, step)
-                world_size = _number_of("SLURM_ARRAY_TASK_COUNT")
-            if "SLURM_PROCID" in env and "SLURM_NTASKS" in env:  # of each element of an array, if there is one
-                n_tasks = _number_of("SLURM_NTASKS")
-                rank, world_size = rank * n_tasks + _number_of("SLURM_PROCID"), world_size * n_tasks
+        rank, world_size = _place_in_array()
+        for number, count in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+            if number in os.environ and count in os.environ:  # of each element of an array, if there is one
+                rank, world_size = rank * _number_of(count) + _number_of(number), world_size * _number_of(count)
+                break
     if rank is not None and world_size is not None:
         rank, world_size = as_int("rank", rank), as_int("world_size", world_size)
     if rank is None or world_size is None or not 0 <= rank < world_size:
         raise ValueError(f"rank and world_size go together, with 0 <= rank < world_size; got {rank} and {world_size}")
     return rank, world_size
+
+
+def _place_in_array() -> tuple[int, int]:
+    """Of a Slurm array, which may leave numbers out (`--array=0,1,5`): whose they were, others help with."""
+    if "SLURM_ARRAY_TASK_COUNT" not in os.environ:
+        return 0, 1
+    count = _number_of("SLURM_ARRAY_TASK_COUNT")
+    first, step = _number_of("SLURM_ARRAY_TASK_MIN", 0), max(1, _number_of("SLURM_ARRAY_TASK_STEP", 1))
+    last = _number_of("SLURM_ARRAY_TASK_MAX", first + (count - 1) * step)
+    return (_number_of("SLURM_ARRAY_TASK_ID") - first) // step, (last - first) // step + 1
 
 
 def cores() -> int:

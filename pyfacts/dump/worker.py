@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
@@ -24,7 +25,7 @@ from .inputs import Batch, Sequences
 from .layout import HookSpec
 from .plan import PLAN_FILE, Plan, ShardRecord, check_same, record_name, shard_name
 from .shard_writer import ShardWriter
-from .store import Store
+from .store import Store, attempted_shard
 from .surroundings import Signals
 
 # More would contend for Python's lock, with the thread that runs the model too.
@@ -87,19 +88,19 @@ class Worker:
         if existing is not None:
             self._plan = existing
         todo = [shard for shard in range(self._plan.n_shards) if record_name(shard) not in names]
-        others = [shard for r in range(world_size) if r != rank for shard in reversed(todo[r::world_size])]
         self._done = set(range(self._plan.n_shards)).difference(todo)
-        todo = todo[rank::world_size] + others
         self._tokens_resumed = self._tokens_done = self._plan.n_tokens - sum(map(self._shard_tokens, todo))
         if todo:
-            self._probe(todo[0])
+            self._probe(self._choose(todo, rank, world_size))
             if existing is None:
                 self._write_plan()
         with (  # leaves when all jobs have ended
             ThreadPoolExecutor(self._n_writers, "pyfacts-writer") as self._writers,
             ThreadPoolExecutor(1, "pyfacts-committer") as self._committer,
         ):
-            for shard in todo:
+            while todo:
+                shard = self._choose(todo, rank, world_size)
+                todo.remove(shard)
                 self._write_shard(shard)
             self._await_commit()
         self._sweep()
@@ -140,6 +141,18 @@ class Worker:
             _refuse_dense(parts, self._plan.n_tokens)
 
     # ---- shards ------------------------------------------------------------------------------------------------------
+
+    def _choose(self, todo: list[int], rank: int, world_size: int) -> int:
+        """The shard to compute next: of those that nobody has begun, the first of this rank's, else any of the others'.
+
+        What a directory shows as begun comes last, and in no order: most of it another worker will have done by then,
+        and several that help do not all help with the same. An object store does not show it.
+        """
+        begun = {attempted_shard(name) for name in self._store.names()}
+        untouched = [shard for shard in todo if shard_name(shard) not in begun]
+        own = (shard for shard in untouched if shard % world_size == rank)
+        shard = next(own, None)
+        return random.choice(untouched or todo) if shard is None else shard
 
     def _write_shard(self, shard: int) -> None:
         """Computes a shard and hands it over to be committed, unless another worker has done so."""
