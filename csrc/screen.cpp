@@ -31,7 +31,8 @@ uint16_t* bits_of(Tensor& factor) { return static_cast<uint16_t*>(factor.mutable
 
 }  // namespace
 
-Screen::Screen(const Linear& linear, const std::optional<Tensor>& threshold) : linear_(linear), threshold_(threshold) {
+Screen::Screen(const Linear& linear, const std::optional<Tensor>& threshold) : linear_(linear) {
+  if (threshold) threshold_ = call_torch("aten::relu", "", *threshold);  // what is stored is positive
   const int64_t d_in = linear.x().size(1);
   on_ = linear.x().scalar_type() == ScalarType::Float && linear.n_tokens() >= kMinTokens && d_in >= kMinWidth &&
         d_in <= cpu::kMaxBoundedWidth && cpu::bound_kernels() != nullptr && onednn_has(ScalarType::BFloat16);

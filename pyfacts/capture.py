@@ -175,7 +175,7 @@ class ActivationCache(Mapping[str, Activations]):
 
     def n_forwards(self, name: str) -> int:
         """How many forwards a hook has fired in."""
-        return len(self._positions[name])
+        return len(self._find(name, self._positions))
 
     def _find(self, name: str, where: dict[str, list]) -> list:
         if name not in where:

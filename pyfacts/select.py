@@ -23,10 +23,20 @@ class Select(Protocol):
     """What `capture(select=...)` takes."""
 
     def encode(self, x: Tensor) -> EncodedActivations:
-        """Packs what is kept of x [n_tokens, n_features], with `sq_norm` of the whole rows."""
+        """Packs what is kept of x [n_tokens, n_features]; `sq_norm`, if it is left out, is that of x."""
 
     def describe(self) -> dict[str, object]:
         """What this is, in JSON types: a dump records it, and resumes only under an equal one."""
+
+
+def keep(select: Select, x: Tensor, name: str) -> EncodedActivations:
+    """What a select keeps of a hook's x [n_tokens, n_features], checked, with the squared norms of the whole rows."""
+    kept = select.encode(x)
+    if not isinstance(kept, EncodedActivations):
+        raise TypeError(f"{name}: {select!r} gave {type(kept).__name__}, and not EncodedActivations")
+    if kept.shape != x.shape:
+        raise ValueError(f"{name}: {select!r} gave {tuple(kept.shape)} of activations {tuple(x.shape)}")
+    return kept if kept.sq_norm is not None else replace(kept, sq_norm=ops.row_sq_norm(x))
 
 
 class topk:

@@ -28,7 +28,7 @@ from .errors import HookNeverFired
 from .forwards import Watcher, signature, watch
 from .hook_point import HookPoint
 from .models import positions_first, unwrap
-from .select import Select
+from .select import Select, keep
 from .tokens import Ends, Forward, Taken, TokenMask, Tokens, cache_of, packs_sequences, past_length, stays
 from .warn import warn
 from .wording import some
@@ -298,7 +298,7 @@ class ActivationStream:
         elif self.select is None:
             part = forward.drain.encode(x)
         else:
-            part = forward.drain.move(self.select.encode(x))
+            part = forward.drain.move(keep(self.select, x, point.name))
         taken.parts.append(part)
 
     def _warn_of_masks_unseen(self) -> None:

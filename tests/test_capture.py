@@ -79,8 +79,9 @@ def test_cache_is_a_mapping(model):
     assert f"{NEURONS[1]}: [14, 40], density" in repr(cache) and "[14, 16], rows" in repr(cache)
     assert isinstance(cache[NEURONS[1]], pyfacts.EncodedActivations)
     assert cache["blocks.0.hook_resid_pre"].shape == (14, 16)
-    with pytest.raises(KeyError, match=r"blocks\.0\.mlp\.hook_post.*not captured.*blocks\.1\.mlp\.hook_post"):
-        cache[NEURONS[0]]
+    for look_up in (cache.__getitem__, cache.positions_of, cache.n_forwards):
+        with pytest.raises(KeyError, match=r"blocks\.0\.mlp\.hook_post.*not captured.*blocks\.1\.mlp\.hook_post"):
+            look_up(NEURONS[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -231,6 +232,10 @@ def test_a_forward_that_fails_leaves_nothing_behind(model):
         model(tiny.tokens())
         handle = last.fc1.register_forward_pre_hook(fail)
         with pytest.raises(RuntimeError, match="broken layer"):
+            model(tiny.tokens(seed=1))
+        handle.remove()
+        handle = model.register_forward_hook(lambda *_: fail(None, None), prepend=True)
+        with pytest.raises(RuntimeError, match="broken layer"):  # behind all layers, and before the capture's own hook
             model(tiny.tokens(seed=1))
         handle.remove()
         try:

@@ -11,7 +11,7 @@ from dump_models import CONTEXT, HOOKS, VOCAB, TinyModel, hooked, one_thread, to
 from tiny_models import opt, t5
 from torch import nn
 
-from pyfacts.dump import DumpError, arguments, documents, layout
+from pyfacts.dump import DumpError, arguments, documents, layout, open_dump
 from pyfacts.dump.container import MAX_HEADER_BYTES, header_room
 from pyfacts.dump.inputs import read_tokens
 from pyfacts.dump.layout import HookSpec
@@ -411,13 +411,14 @@ class TestBadInput:
         assert not list(tmp_path.iterdir())
 
     @pytest.mark.parametrize("kind", ["mapping", "arrow", "jsonl", "parquet", "data set", "stream"])
-    def test_numbers_beside_texts_are_no_documents(self, tmp_path, kind):
-        """A column `tokens` may say how many each text has."""
+    @pytest.mark.parametrize("beside", [[2, 1], [["w1", "w2"], ["w3"]]], ids=["numbers", "strings"])
+    def test_tokens_beside_texts_that_are_no_ids(self, tmp_path, kind, beside):
+        """A column `tokens` may say how many each text has, or what they look like."""
         import datasets
         import pyarrow
         import pyarrow.parquet
 
-        columns = {"text": ["w1 w2", "w3"], "tokens": [2, 1]}
+        columns = {"text": ["w1 w2", "w3"], "tokens": beside}
         table = pyarrow.table(columns)
         pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
         (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
@@ -456,6 +457,12 @@ class TestBadInput:
         assert list(documents.read_documents({"text": "w1 w2", "input_ids": [1, 2]})) == [[1, 2]]
         assert list(documents.read_documents({"text": None, "input_ids": [1, 2]})) == [[1, 2]]
         assert list(documents.read_documents({"text": "w1 w2", "tokens": 2})) == ["w1 w2"]
+
+    def test_a_home_directory(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        np.save(tmp_path / "ids.npy", np.zeros((3, 4), dtype=np.int64))
+        assert dump(TinyModel(), "~/ids.npy", "~/out", names_filter=HOOKS).complete
+        assert open_dump("~/out").n_tokens == 12 and (tmp_path / "out" / "dump.json").exists()
 
     def test_a_mapping_of_something_else(self, tmp_path):
         with pytest.raises(ValueError, match=r"the mapping has the fields train, test; one of input_ids"):

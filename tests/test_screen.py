@@ -49,6 +49,13 @@ def test_activations_are_torchs(shape: tuple[int, int], limit: int) -> None:
     assert_encodes(pyfacts.linear_relu_encode(x, weight, 2 * bias), z.relu())
 
 
+def test_negative_thresholds_let_through_what_zero_does() -> None:
+    x, weight, bias = operands(300, 1100, 3)
+    threshold = whole_numbers(1100, limit=3, seed=3) - 10000
+    enc = pyfacts.linear_relu_encode(x, weight, bias, "jumprelu", threshold=threshold)
+    assert_encodes(enc, linear(x, weight, bias).relu())
+
+
 @pytest.mark.parametrize("limit", [3, 2000])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_topk_is_exact_with_ties(shape: tuple[int, int], limit: int) -> None:

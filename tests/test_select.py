@@ -183,3 +183,33 @@ def test_thresholds_are_a_copy():
     select = pyfacts.min_abs(theta)
     theta.fill_(9)
     assert select.encode(torch.ones(1, 2)).nnz == 2
+
+
+class Custom:
+    def __init__(self, encode):
+        self.encode = encode
+
+    def describe(self):
+        return {"kind": "custom"}
+
+
+def test_a_select_of_ones_own_drops_what_it_drops():
+    """Also where it leaves the squared norms of the whole rows out, as `encode` does of what is zeroed before."""
+    model = torch.nn.Sequential(torch.nn.Identity())
+    x = torch.tensor([[1.0, 2.0, 2.0], [4.0, 0.0, 3.0]])
+    with pyfacts.capture(model, "0", select=Custom(lambda x: pyfacts.encode(torch.where(x > 2, x, 0)))) as cache:
+        model(x)
+    assert cache["0"].dropped_share == pytest.approx(9 / 34)
+
+
+@pytest.mark.parametrize(
+    ("encode", "error", "message"),
+    [
+        (lambda x: pyfacts.encode(x[1:]), ValueError, r"0: <.*Custom.*> gave \(1, 3\) of activations \(2, 3\)"),
+        (lambda x: x, TypeError, "0: <.*Custom.*> gave Tensor, and not EncodedActivations"),
+    ],
+)
+def test_a_select_that_gives_something_else(encode, error, message):
+    model = torch.nn.Sequential(torch.nn.Identity())
+    with pytest.raises(error, match=message), pyfacts.capture(model, "0", select=Custom(encode)):
+        model(torch.ones(2, 3))

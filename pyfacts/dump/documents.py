@@ -5,7 +5,7 @@ import io
 import itertools
 import json
 import os
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -43,7 +43,7 @@ def read_documents(source: Any) -> Iterable[Document] | np.ndarray:
     source = _python_column(source)
     if not isinstance(source, str | os.PathLike):
         return _dataset(source, "the data set") if hasattr(source, "column_names") else source
-    path = Path(source)
+    path = Path(os.path.expanduser(source))
     if path.is_dir():
         return _saved_dataset(path)
     if not path.is_file():
@@ -144,21 +144,35 @@ def _of_one_text(rows: Sequence[Any]) -> Sequence[Any]:
 
 def _mapping(columns: Mapping[str, Any]) -> list[Document]:
     columns = {name: _python_column(column) for name, column in columns.items()}
-    field = _field(columns, "the mapping", {name for name in columns if _counts_of_texts(name, columns)})
+    field = _field(columns, "the mapping", {name: kind for name in columns if (kind := _unfit_column(name, columns))})
     column = columns[field]
     if field in TEXT_FIELDS:
         return [column] if isinstance(column, str) else list(column)
     return without_padding(f"tokens[{field!r}]", column, columns)
 
 
-def _counts_of_texts(name: str, columns: Mapping[str, Any]) -> bool:
-    """Whether an id column is a number, or holds one for each of several texts; a single text's ids are its tokens."""
+def _unfit_column(name: str, columns: Mapping[str, Any]) -> str:
+    """What an id column is that holds none; "" of another: a number, or one for each of several texts (of a single one
+    they are its ids), or strings."""
     column, texts = columns[name], next((columns[text] for text in TEXT_FIELDS if text in columns), None)
     if name not in ID_FIELDS:
-        return False
+        return ""
     if not hasattr(column, "__len__"):
-        return True
-    return not isinstance(texts, str | None) and len(column) == len(texts) > 0 and np.ndim(next(iter(column))) == 0
+        return "numbers"
+    first: Any = next(iter(column), None)
+    if isinstance(first, str) or _unfit(first) == "lists of strings":
+        return "lists of strings"
+    counts = not isinstance(texts, str | None) and len(column) == len(texts) > 0 and np.ndim(first) == 0
+    return "numbers" if counts else ""
+
+
+def _unfit(value: Any) -> str:
+    """What a row's value is that is no document; "" of one that may be."""
+    if isinstance(value, int | float):
+        return "numbers"
+    if isinstance(value, Sequence) and not isinstance(value, str) and len(value) and isinstance(value[0], str):
+        return "lists of strings"
+    return ""
 
 
 def _python_column(column: Any) -> Any:
@@ -200,8 +214,11 @@ def _parquet(path: Path) -> Iterator[Document]:
     import pyarrow.types
 
     file = pyarrow.parquet.ParquetFile(path)
-    numbers = {column.name for column in file.schema_arrow if pyarrow.types.is_primitive(column.type)}
-    field = _field(file.schema_arrow.names, str(path), numbers)
+    unfit = {column.name: "numbers" for column in file.schema_arrow if pyarrow.types.is_primitive(column.type)}
+    for column in file.schema_arrow:
+        if "string" in str(getattr(column.type, "value_type", "")):
+            unfit[column.name] = "lists of strings"
+    field = _field(file.schema_arrow.names, str(path), unfit)
     columns = [name for name in (field, "attention_mask") if name in file.schema_arrow.names]
     for batch in file.iter_batches(batch_size=1024, columns=columns):
         rows = batch.to_pydict()
@@ -224,9 +241,13 @@ def _dataset(rows: Any, name: str) -> Iterator[Document]:
             yield _row(row, f"a row of {name}")
         return
     features = rows.features or {}
-    dtypes = {name: kind.dtype for name, kind in features.items() if type(kind).__name__ == "Value"}
-    numbers = {name for name, dtype in dtypes.items() if "string" not in dtype and dtype != "null"}
-    field = _field(rows.column_names, name, numbers)
+    unfit = {}
+    for column, kind in features.items():
+        if type(kind).__name__ == "Value" and "string" not in kind.dtype and kind.dtype != "null":
+            unfit[column] = "numbers"
+        elif "string" in str(getattr(getattr(kind, "feature", None), "dtype", "")):
+            unfit[column] = "lists of strings"
+    field = _field(rows.column_names, name, unfit)
     columns = [column for column in (field, "attention_mask") if column in rows.column_names]
     for batch in rows.with_format(None).iter(batch_size=1024):
         for values in zip(*(batch[column] for column in columns), strict=True):
@@ -235,19 +256,23 @@ def _dataset(rows: Any, name: str) -> Iterator[Document]:
 
 def _row(row: Mapping[str, Any], where: str) -> Document:
     """The document of one row."""
-    field = _field(row, where, {name for name, value in row.items() if isinstance(value, int | float)})
+    field = _field(row, where, {name: kind for name, value in row.items() if (kind := _unfit(value))})
     if row[field] is None:
         raise ValueError(f"tokens: {field!r} is null in {where}: leave such rows out, or give them an empty text")
     return _unmasked(row[field], row.get("attention_mask"))
 
 
-def _field(names: Iterable[str], where: str, numbers: Container[str]) -> str:
-    """The field that holds documents; one of numbers does not (`tokens` may be how many there are)."""
+def _field(names: Iterable[str], where: str, unfit: Mapping[str, str]) -> str:
+    """The field that holds documents. `tokens` may be how many there are, or what they look like.
+
+    Args:
+        unfit: what other fields hold.
+    """
     names = list(names)
     for field in (*ID_FIELDS, *TEXT_FIELDS):
-        if field in names and field not in numbers:
+        if field in names and field not in unfit:
             return field
-    shown = ", ".join(f"{name} (numbers)" if name in numbers else name for name in names)
+    shown = ", ".join(f"{name} ({unfit[name]})" if name in unfit else name for name in names)
     raise ValueError(
         f"tokens: {where} has the fields {shown}; one of {', '.join((*ID_FIELDS, *TEXT_FIELDS))} is needed, with lists "
         "of ids or texts"

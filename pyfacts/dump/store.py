@@ -255,7 +255,7 @@ def open_store(path: str | os.PathLike[str]) -> Store:
         raise ValueError(f"{address} was an address before pathlib took one of its slashes: give it as a str")
     if "://" not in address or address.startswith("file:///"):
         # Absolute, for the current directory may become another.
-        return Directory(Path(address.removeprefix("file://")).absolute())
+        return Directory(Path(os.path.expanduser(address.removeprefix("file://"))).absolute())
     from .bucket import Bucket
 
     return Bucket(address)

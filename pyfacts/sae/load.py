@@ -59,7 +59,7 @@ def load_sae(path: str | os.PathLike[str], device: torch.device | str = "cpu", d
     """
     if dtype is not None and dtype not in DTYPES:
         raise TypeError(f"dtype must be float32, bfloat16, float16 or None, got {dtype}")
-    weights = _find_weights(Path(path))
+    weights = _find_weights(Path(os.path.expanduser(path)))
     return _loader(weights)(weights, dtype).to(device)
 
 
