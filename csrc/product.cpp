@@ -5,8 +5,8 @@
 // it depends on d_in, at 1,024 it costs more than it gains.
 //
 // On CPUs without half-precision products (bfloat16 needs AVX-512 BF16, float16 AVX-512 FP16, which no AMD has)
-// aten::linear takes 5 to 7 times as long for them as for float32. Operands widened and a product rounded once cost 2
-// to 10 % beside the float32 product itself, from 128 tokens on.
+// aten::linear takes 5 to 7 times as long for them as for float32. To widen the operands and round the product costs a
+// tenth of the float32 product from 128 tokens on.
 #include "product.h"
 
 #include <string>

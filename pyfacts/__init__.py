@@ -1,6 +1,7 @@
 """pyfacts captures what a transformer's MLPs know: their neurons, exact, packed, dumped and read back."""
 
 import importlib.util
+from typing import NoReturn
 
 if importlib.util.find_spec("pyfacts._storage") is None:
     raise ImportError(
@@ -68,3 +69,8 @@ if importlib.util.find_spec("torch") is not None:
         "sparse_linear",
         "topk",
     ]
+
+else:
+
+    def __getattr__(name: str) -> NoReturn:
+        raise AttributeError(f"module 'pyfacts' has no attribute {name!r} where torch is not installed")

@@ -6,8 +6,9 @@ import contextlib
 import math
 import operator
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -46,13 +47,8 @@ def open_ablations(model: nn.Module) -> dict[str, list[Ablation]]:
     return {path: list(_open[module]) for path, module in model.named_modules() if _open.get(module)}
 
 
-@contextlib.contextmanager
-def ablate(
-    model: nn.Module,
-    indices: Mapping[str, Iterable[int] | Tensor],
-    value: float | Values | Mapping[str, float | Values] = 0.0,
-) -> Iterator[None]:
-    """Sets neurons, or dimensions of the residual stream, to a value while the context is open.
+class ablate(contextlib.ContextDecorator):
+    """Sets neurons, or dimensions of the residual stream, to a value while the context is open; it may be opened again.
 
     Works on a copy of the activations, so the model's own tensors stay whole, and gradients flow through the rest. With
     gradient checkpointing, call `backward` inside the context: it runs the model again. A hook sees what the hooks
@@ -84,30 +80,49 @@ def ablate(
         >>> cache["blocks.1.mlp.hook_post"].neuron(5)[1].numel()
         0
     """
-    if not isinstance(indices, Mapping):
-        raise TypeError(f"indices must be a dict of hook name to feature indices, got {type(indices).__name__}")
-    if not indices:
-        raise ValueError("indices is empty: name at least one hook and its features")
-    values = value if isinstance(value, Mapping) else dict.fromkeys(indices, value)
-    if values.keys() != indices.keys():
-        apart = some(sorted(map(str, values.keys() ^ indices.keys())))
-        raise ValueError(f"value must have the hooks of indices, and {apart} is in one of them only")
-    names = Names(model)
-    points = [names.one(name) for name in indices]
-    for point in points:
-        _check_settable(names, point)
-    silent = {point.name for point in points}
-    with contextlib.ExitStack() as exit_stack:
-        exit_stack.enter_context(eager())
-        for point in points:
-            module, features = names.model.get_submodule(point.module_path), _features(point, indices[point.name])
+
+    def __init__(
+        self,
+        model: nn.Module,
+        indices: Mapping[str, Iterable[int] | Tensor],
+        value: float | Values | Mapping[str, float | Values] = 0.0,
+    ) -> None:
+        if not isinstance(indices, Mapping):
+            raise TypeError(f"indices must be a dict of hook name to feature indices, got {type(indices).__name__}")
+        if not indices:
+            raise ValueError("indices is empty: name at least one hook and its features")
+        values = value if isinstance(value, Mapping) else dict.fromkeys(indices, value)
+        if values.keys() != indices.keys():
+            apart = some(sorted(map(str, values.keys() ^ indices.keys())))
+            raise ValueError(f"value must have the hooks of indices, and {apart} is in one of them only")
+        names = Names(model)
+        self._settings: list[tuple[HookPoint, nn.Module, Ablation]] = []
+        for point in [names.one(name) for name in indices]:
+            _check_settable(names, point)
+            features = _features(point, indices[point.name])
             ablation = Ablation(point.side, features, _values(point, features, values[point.name]))
-            exit_stack.callback(add_hook(module, point.side, _setter(point, ablation, silent)))
-            _open.setdefault(module, []).append(ablation)
-            exit_stack.callback(_open[module].remove, ablation)
-        yield
-    if silent:
-        raise never_fired(sorted(silent))
+            self._settings.append((point, names.model.get_submodule(point.module_path), ablation))
+        self._entered: list[
+            tuple[contextlib.ExitStack, set[str]]
+        ] = []  # with the hooks that no forward has reached yet
+
+    def __enter__(self) -> None:
+        silent = {point.name for point, _, _ in self._settings}
+        with contextlib.ExitStack() as exit_stack:
+            exit_stack.enter_context(eager())
+            for point, module, ablation in self._settings:
+                exit_stack.callback(add_hook(module, point.side, _setter(point, ablation, silent)))
+                _open.setdefault(module, []).append(ablation)
+                exit_stack.callback(_open[module].remove, ablation)
+            self._entered.append((exit_stack.pop_all(), silent))
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        exit_stack, silent = self._entered.pop()
+        exit_stack.close()
+        if silent and exc_type is None:
+            raise never_fired(sorted(silent))
 
 
 def _features(point: HookPoint, indices: Iterable[int] | Tensor) -> Tensor:

@@ -123,6 +123,7 @@ def attach(names: Names, saes: SaesByHook) -> dict[HookPoint, SparseAutoencoder]
                 "another hook or another model"
             )
         _warn_if_elsewhere(names, point, sae)
+        _warn_of_side(names, point)
         latents = replace(point, name=f"{name}.{LATENTS}", width=sae.d_sae, kind="neurons", activation=None)
         attached[latents] = sae
     return attached
@@ -139,6 +140,17 @@ def _warn_if_elsewhere(names: Names, point: HookPoint, sae: SparseAutoencoder) -
         return
     if not names.same(trained_on, point):
         warn(f"the SAE at {point.name} was trained on {own}, as its checkpoint says")
+
+
+def _warn_of_side(names: Names, point: HookPoint) -> None:
+    """Warn of the path of a block or an MLP, whose input and output are equally wide, without saying which is meant."""
+    if point.name in names.points or point.name != point.module_path:
+        return
+    if any(True for _ in names.model.get_submodule(point.module_path).children()):
+        warn(
+            f"the SAE at {point.name} reads that module's input; other libraries' hooks on a module are on its output. "
+            f"Say {point.name}:input or {point.name}:output"
+        )
 
 
 def encode_latents(point: HookPoint, sae: SparseAutoencoder, x: Tensor) -> EncodedActivations:

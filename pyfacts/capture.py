@@ -64,6 +64,7 @@ class capture:
             than the hook's, or a mask that does not fit.
         TypeError: an argument of another type; from inside the forward, activations of an unsupported dtype.
         HookNeverFired: (a ValueError and a RuntimeError) at the end, a hook that saw no activations.
+        RuntimeError: this capture is open already.
 
     Example:
         >>> import pyfacts, torch
@@ -139,7 +140,13 @@ class ActivationCache(Mapping[str, Activations]):
             self._positions[name].append(positions[self._points[name].stream])
 
     def __getitem__(self, name: str) -> Activations:
-        """The activations of one hook, all forwards of it."""
+        """The activations of one hook, all forwards of it.
+
+        Raises:
+            UnknownHookError: (a ValueError and a KeyError) the hook was not captured.
+            KeyError: it has not fired yet.
+            ValueError: its forwards were of several dtypes.
+        """
         parts = self._find(name, self._parts)
         if not parts:
             raise KeyError(f"{name} has not fired yet")
@@ -154,7 +161,8 @@ class ActivationCache(Mapping[str, Activations]):
         Sequences are numbered on from forward to forward, in the order of the batch. Positions count the columns of the
         batch, padding included, from 0, or from the length of the key-value cache that the forward was given; such a
         forward that continues another (`generate`) belongs to the same sequences: to the same rows of the batch,
-        between which a beam search moves its beams.
+        between which a beam search moves its beams. Where a cache is cut back (assisted decoding rejects tokens), the
+        next forward begins new sequences.
 
         Raises:
             ValueError: the hooks saw different tokens (an encoder's and a decoder's); use `positions_of`.
@@ -174,7 +182,7 @@ class ActivationCache(Mapping[str, Activations]):
         return torch.cat(positions) if positions else torch.empty(0, 2, dtype=torch.int64, device="cpu")
 
     def n_forwards(self, name: str) -> int:
-        """How many forwards a hook has fired in."""
+        """How many forwards a hook has fired in; raises UnknownHookError if it was not captured."""
         return len(self._find(name, self._positions))
 
     def _find(self, name: str, where: dict[str, list]) -> list:

@@ -21,6 +21,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from .dump.layout import ITEM_BYTES
 from .wording import human_bytes
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ def dump_command(
 
 @app.command()
 def info(out_directory: DumpArgument) -> None:
-    """Show what a dump holds; with --topk or --min-abs also the share of squared norm that was dropped.
+    """Show what a dump holds; of one made with --topk or --min-abs also the share of squared norm that was dropped.
 
     [bold]Example:[/bold] pyfacts info out
     """
@@ -201,7 +202,7 @@ def info(out_directory: DumpArgument) -> None:
         table.add_column(name, justify="right")
     for name in d.hook_names:
         hook = d[name]
-        dense_bytes = d.n_tokens_committed * hook.width * (4 if hook.dtype == "float32" else 2)
+        dense_bytes = d.n_tokens_committed * hook.width * ITEM_BYTES[hook.dtype]
         share = f"{hook.n_bytes / dense_bytes:.1%}" if dense_bytes else "-"
         sparse = ("-", "-", "-", "-")
         if hook.kind == "neurons":

@@ -224,7 +224,7 @@ def pack(like: Tensor, n_tokens: int, n_features: int, fill: Fill, n_values: int
     A small matrix is made in one piece. The pieces of a large one hold what is stored and no more, and are then joined.
     If no more than n_values are known to be stored in all, pieces are longer, for they need less room.
     """
-    n_columns = -(-n_features // ops.COLUMN_WIDTH)
+    n_columns = ops.columns_of(n_features)
     room = WIDE_ARENA_BYTES if n_features >= WIDE else ARENA_BYTES
     step = chunk_tokens(like, n_columns * ops.COLUMN_WIDTH, room)
     if n_values is not None and n_values * like.itemsize <= room // 2:  # and as much for what pads each group

@@ -110,7 +110,7 @@ def _canonicalise(arena: ops.Arena, index_bytes: int, n_values: int) -> tuple[Te
     """The sizes of index and values, and index, values and tile_ptr: if these sizes were given."""
     n_columns, n_tokens = arena.counts.shape
     index, values = arena.index.new_empty(index_bytes), arena.values.new_empty(n_values)
-    tile_ptr = arena.cursor.new_empty((n_columns, -(-n_tokens // ops.TILE_TOKENS), 2))
+    tile_ptr = arena.cursor.new_empty((n_columns, ops.tiles_of(n_tokens), 2))
     sizes = arena.cursor.new_empty(2)
     ops.canonicalise_out(arena, index, values, tile_ptr, sizes)
     return sizes, index, values, tile_ptr

@@ -37,6 +37,9 @@ class EncodedActivations:
         sq_norm: float64 [n_tokens], the squared norm of each row before `min_abs` or a `select` dropped values; None
             if nothing but zeros was dropped.
 
+    Raises:
+        RuntimeError: whatever reads planes that are not a valid encoding (the constructor does not look at them).
+
     Example:
         >>> import torch, pyfacts
         >>> enc = pyfacts.encode(torch.tensor([[0.0, 1.5], [2.0, 0.0]]))

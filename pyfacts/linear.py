@@ -69,6 +69,7 @@ def linear_relu_encode(
         TypeError: a dtype is not supported, or the operands' dtypes differ.
         ValueError: shapes or devices do not fit, the activation is unknown, or a threshold is missing, NaN, or given
             where none belongs.
+        NotImplementedError: an operand carries tangents (forward mode).
 
     Example:
         >>> import torch, pyfacts
@@ -191,6 +192,7 @@ def sparse_linear(enc: EncodedActivations, W_dec: Tensor, b_dec: Tensor | None =
         TypeError: enc is not an encoding, or dtypes differ.
         ValueError: shapes or devices do not fit.
         RuntimeError: the planes are not a valid encoding.
+        NotImplementedError: W_dec or b_dec carries tangents (forward mode).
 
     Example:
         >>> import torch, pyfacts

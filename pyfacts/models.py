@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
 import torch
@@ -147,6 +147,8 @@ class Names:
         if callable(names_filter):
             return self.accepted_by(names_filter)
         names = [names_filter] if isinstance(names_filter, str) else names_filter
+        if isinstance(names, Mapping):
+            raise TypeError("names_filter is a dict: give SAEs by their hooks as saes=, and names as a list")
         if not isinstance(names, Iterable):
             raise TypeError(
                 f"names_filter must be None, a str, a list of str or a callable, got {type(names).__name__}"

@@ -29,6 +29,16 @@ UNIT_BYTES = 16
 Planes = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
+def columns_of(n_features: int) -> int:
+    """How many columns, the last perhaps narrower."""
+    return (n_features + COLUMN_WIDTH - 1) // COLUMN_WIDTH
+
+
+def tiles_of(n_tokens: int) -> int:
+    """How many tiles a column has, the last perhaps of fewer tokens."""
+    return (n_tokens + TILE_TOKENS - 1) // TILE_TOKENS
+
+
 def isa() -> str:
     """Returns the instruction set of the CPU kernels in use: "scalar", "avx2", "avx512" or "avx512vbmi2"."""
     return torch.ops.pyfacts.isa()
@@ -147,8 +157,7 @@ class Arena:
 
 def empty_arena(like: Tensor, n_tokens: int, n_features: int, n_values: int | None = None) -> Arena:
     """Returns buffers that hold any matrix of that shape and of like's dtype, on its device; or of n_values at most."""
-    n_columns = -(-n_features // COLUMN_WIDTH)
-    n_groups = -(-n_tokens // GROUP_TOKENS)
+    n_columns, n_groups = columns_of(n_features), -(-n_tokens // GROUP_TOKENS)
     n_elements = n_columns * n_groups * GROUP_TOKENS * COLUMN_WIDTH
     n_index, n_stored = n_elements // 8, n_elements
     if n_values is not None:  # a value takes a byte of index at most, and each group's runs are padded
@@ -231,13 +240,12 @@ def canonicalise_out(arena: Arena, index: Tensor, values: Tensor, tile_ptr: Tens
 
 def _empty_planes(like: Tensor, n_tokens: Any, n_features: Any) -> Planes:
     context = torch.library.get_ctx()
-    n_columns = (n_features + COLUMN_WIDTH - 1) // COLUMN_WIDTH
-    n_tiles = (n_tokens + TILE_TOKENS - 1) // TILE_TOKENS
+    n_columns = columns_of(n_features)
     return (
         like.new_empty((n_columns, n_tokens), dtype=torch.uint8),
         like.new_empty((context.new_dynamic_size(),), dtype=torch.uint8),
         like.new_empty((context.new_dynamic_size(),)),
-        like.new_empty((n_columns, n_tiles, 2), dtype=torch.int64),
+        like.new_empty((n_columns, tiles_of(n_tokens), 2), dtype=torch.int64),
     )
 
 
@@ -349,7 +357,7 @@ def _(
         values[0].new_empty((n_columns, n_tokens), dtype=torch.uint8),
         values[0].new_empty((sum(plane.shape[0] for plane in index),), dtype=torch.uint8),
         values[0].new_empty((sum(plane.shape[0] for plane in values),)),
-        values[0].new_empty((n_columns, (n_tokens + TILE_TOKENS - 1) // TILE_TOKENS, 2), dtype=torch.int64),
+        values[0].new_empty((n_columns, tiles_of(n_tokens), 2), dtype=torch.int64),
     )
 
 

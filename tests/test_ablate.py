@@ -170,8 +170,8 @@ def test_compiled_model():
     ],
 )
 def test_bad_arguments(model, indices, value, error, match):
-    with pytest.raises(error, match=match), pyfacts.ablate(model, indices, value):
-        pass
+    with pytest.raises(error, match=match):
+        pyfacts.ablate(model, indices, value)
 
 
 def test_a_module_that_two_layers_share():
@@ -229,6 +229,21 @@ def test_the_first_of_a_named_tuple():
     with pyfacts.ablate(model, {"1:output": [1]}, value=7.0):
         out = model(torch.zeros(5, 2))
     assert isinstance(out, Pair) and out.n == 3 and (out.x[:, 1] == 7).all()
+
+
+def test_opened_again_within_itself_and_as_a_decorator(model):
+    plain, ablation = model(tiny.tokens()).logits, pyfacts.ablate(model, {HOOK: [1, 2]}, value=9.0)
+
+    @ablation
+    def run():
+        return model(tiny.tokens()).logits
+
+    with ablation:
+        ablated = model(tiny.tokens()).logits
+    with ablation, ablation:
+        assert torch.equal(model(tiny.tokens()).logits, ablated)
+    assert torch.equal(run(), ablated) and torch.equal(run(), ablated)
+    assert torch.equal(model(tiny.tokens()).logits, plain) and not torch.equal(ablated, plain)
 
 
 def test_a_hook_that_no_forward_reaches_is_an_error(model):

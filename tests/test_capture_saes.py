@@ -251,11 +251,24 @@ class TestErrors:
         with pytest.warns(UserWarning, match=f"the SAE at {RESID} was trained on blocks.0.hook_resid_pre"):
             pyfacts.capture(model, saes={RESID: sae})
 
+    def test_a_module_of_which_it_is_not_said_which_side(
+        self, model: nn.Module, recwarn: pytest.WarningsRecorder
+    ) -> None:
+        """Input and output are equally wide, and elsewhere a hook on a module is on its output."""
+        block = "model.decoder.layers.1"
+        for hook in (RESID, f"{block}:input", f"{block}:output", f"{block}.fc1"):
+            pyfacts.capture(model, saes={hook: TinySae(16)})
+        assert not recwarn
+        with pytest.warns(UserWarning, match=f"reads that module's input.*{block}:input or {block}:output"):
+            pyfacts.capture(model, saes={block: TinySae(16)})
+
     def test_no_saes(self, model: nn.Module) -> None:
         with pytest.raises(TypeError, match="blocks.1.hook_resid_pre.*d_sae.*got Linear"):
             pyfacts.capture(model, saes={RESID: nn.Linear(16, 3)})
         with pytest.raises(TypeError, match="d_sae.*got <class .*TinySae"):
             pyfacts.capture(model, saes={RESID: TinySae})
+        with pytest.raises(TypeError, match="give SAEs by their hooks as saes="):
+            pyfacts.capture(model, {RESID: TinySae(16)})
         with pytest.raises(TypeError, match="dict from hook names to SAEs, got TinySae"):
             pyfacts.capture(model, saes=TinySae(16))
 

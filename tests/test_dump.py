@@ -353,6 +353,13 @@ assert sum(len(b["layers.0.down"]) for b in d.batches(["layers.0.down"], 999, 0)
 assert d.token_ids[0:5].shape == (5,) and d.positions[0:5].shape == (5, 2)
 d.verify()
 assert d.contexts("layers.0.down", j, 2)
+for wrong in (lambda: pyfacts.open_dump(sys.argv[1]), lambda: pyfacts.capture):
+    try:
+        wrong()
+    except (ImportError, AttributeError) as error:
+        assert "torch is not installed" in str(error)
+    else:
+        raise AssertionError
 print("fine")
 """
         arguments = [sys.executable, "-c", program, str(dumped.path), str(tmp_path / "dense.npy")]

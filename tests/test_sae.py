@@ -97,10 +97,24 @@ def test_metrics_refuse():
         make().metrics(X, batch_size=0)
 
 
-def test_layout_is_the_kernels_and_nothing_is_copied_that_has_it():
+@pytest.mark.parametrize("transposed", [False, True])
+def test_training_goes_on_without_it(transposed):
+    """Whatever the layout of what it was made from, no tensor is shared."""
+    given = {name: torch.nn.Parameter(tensor) for name, tensor in tensors().items()}
+    if transposed:
+        given |= {name: torch.nn.Parameter(given[name].data.T.contiguous()).T for name in ("W_enc", "W_dec")}
+    sae = pyfacts.SAE(**given)
+    before = sae.encode(X).to_dense(), sae.decode(sae.encode(X))
+    with torch.no_grad():
+        for tensor in given.values():
+            tensor.add_(1)
+    assert torch.equal(sae.encode(X).to_dense(), before[0]) and torch.equal(sae.decode(sae.encode(X)), before[1])
+
+
+def test_layout_is_the_kernels_and_what_has_it_can_be_taken_over():
     given = tensors()
     linear_weight = given["W_enc"].T.contiguous()
-    sae = pyfacts.SAE(**{**given, "W_enc": linear_weight.T})
+    sae = pyfacts.SAE(**{**given, "W_enc": linear_weight.T}, copy=False)
     assert sae.W_enc.data_ptr() == linear_weight.data_ptr()
     assert sae.W_dec.data_ptr() == given["W_dec"].data_ptr()
     assert make().W_enc.T.is_contiguous()
@@ -136,6 +150,7 @@ def test_to():
     assert {tensor.dtype for tensor in narrow.tensors().values()} == {torch.float16}
     assert narrow.config() == sae.config()
     assert sae.to("cpu") is sae and sae.to(torch.float32) is sae
+    assert sae.to(device="cpu", dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
 def test_tensors_and_config_define_the_sae():

@@ -130,6 +130,12 @@ def test_an_npz_with_code_is_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("name", ["ae.pt", "params.npz", "sae_weights.safetensors", "sae.safetensors"])
+def test_a_pointer_of_git_lfs(tmp_path, name):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 123\n")
+    refused(tmp_path, name, "git lfs pull")
+
+
 def test_not_a_state_dict(tmp_path):
     torch.save([torch.ones(3)], tmp_path / "ae.pt")
     refused(tmp_path, "ae.pt", "state_dict of tensors, got list")

@@ -352,7 +352,7 @@ bool decode_in_place(const DecodeTile& tile) {
     if (!narrow || !ok) continue;
     ok = decode_segment<Isa, T>(counts[n_full], tile.last_width, tile.zero_mask, tile.index[n_full],
                                 tile.values[n_full], padded);
-    std::memcpy(out + n_full * kSegmentBytes, padded, tile.last_width * sizeof(T));
+    if (ok) std::memcpy(out + n_full * kSegmentBytes, padded, tile.last_width * sizeof(T));
   }
   return ok;
 }

@@ -268,6 +268,8 @@ def check_same(existing: Plan, wanted: Plan, store: Store) -> None:
             missing = some(name for name in there if name not in here) or "none"
             new = some(name for name in here if name not in there) or "none"
             what = f"of its hooks {missing} are missing here, and {new} are new"
+        elif name == "batch_size":
+            what += ", on which the last bits of what a model computes depend"
         empty = store.names().isdisjoint(map(record_name, range(existing.n_shards)))
         raise DumpError(
             f"the directory holds another dump: {what}; dump into another directory, or with the same model, tokens "

@@ -5,6 +5,7 @@ numbers; reading a range that is not committed is an error that names it.
 """
 
 import heapq
+import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -41,7 +42,8 @@ def open_dump(path: str | os.PathLike[str], framework: str = "torch") -> "Dump":
 
     Raises:
         DumpError: there is no dump, or dump.json or a commit record is not valid.
-        ValueError: the framework is unknown.
+        ValueError: the framework is unknown, or the path is empty.
+        ImportError: there is no torch, or no client for the address's object store.
 
     Example:
         >>> d = pyfacts.open_dump("out")  # doctest: +SKIP
@@ -49,6 +51,8 @@ def open_dump(path: str | os.PathLike[str], framework: str = "torch") -> "Dump":
     """
     if framework not in FRAMEWORKS:
         raise ValueError(f"framework must be one of {', '.join(map(repr, FRAMEWORKS))}, got {framework!r}")
+    if framework == "torch" and importlib.util.find_spec("torch") is None:
+        raise ImportError("torch is not installed: open_dump(path, framework='numpy') reads a dump without it")
     return Dump(open_store(path), framework)
 
 
@@ -200,6 +204,8 @@ class Dump:
         Raises:
             UnknownHookError: (a ValueError and a KeyError) a hook was not dumped.
             ValueError: a number is out of range.
+            TypeError: a number is none.
+            DumpError: while it is iterated, a block is damaged.
         """
         names = [hooks] if isinstance(hooks, str) else list(hooks)
         return shuffle.batches(
@@ -299,6 +305,9 @@ class DumpedHook:
         name, module_path, side, kind, dtype: as in the plan.
         width: features.
         shape: (n_tokens, width) of the whole plan.
+
+    Raises:
+        ValueError: `nnz`, `density`, `dropped_share` and what reads by feature, of a hook of rows.
     """
 
     def __init__(self, dump: Dump, spec: HookSpec) -> None:
@@ -507,7 +516,7 @@ class _TokenColumn:
         return self._dump.n_tokens
 
     def __getitem__(self, tokens: "int | slice | Sequence[int] | np.ndarray | Any") -> Any:
-        ascending, places = in_order(chosen_tokens(tokens, len(self)))
+        ascending, places = in_order(chosen_tokens(tokens, len(self), "; [:] reads all, to index further"))
         array = self._pick(self._dump._read_tokens(ascending))
         if places is not None:
             array = array[places]

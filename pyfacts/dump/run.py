@@ -101,6 +101,9 @@ def dump(
         ValueError, TypeError: an argument is wrong, the text is empty, or the neurons are dense.
         DumpError: the directory holds another dump, or the disk refuses. What was committed stays.
         DumpInterrupted: SIGTERM or SIGUSR1 came (if this is the main thread). What was committed stays.
+        HookNeverFired: (a ValueError and a RuntimeError) a forward did not reach a hook.
+        OSError: transformers does not find a model of that name.
+        ImportError: transformers, datasets, pyarrow or the object store's client is needed and not installed.
 
     Example:
         >>> import pyfacts

@@ -2,7 +2,7 @@
 
 import contextlib
 import errno
-import random
+import secrets
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
@@ -152,7 +152,7 @@ class Worker:
         untouched = [shard for shard in todo if shard_name(shard) not in begun]
         own = (shard for shard in untouched if shard % world_size == rank)
         shard = next(own, None)
-        return random.choice(untouched or todo) if shard is None else shard
+        return secrets.choice(untouched or todo) if shard is None else shard
 
     def _write_shard(self, shard: int) -> None:
         """Computes a shard and hands it over to be committed, unless another worker has done so."""

@@ -45,7 +45,7 @@ def folded(
     """The SAE of the matrices and of float64 vectors, which take the matrices' dtype; `fields` as of `SAE`."""
     dtype = weight.dtype
     threshold = None if threshold is None else threshold.to(dtype)
-    return SAE(weight.T, b_enc.to(dtype), W_dec, b_dec.to(dtype), threshold=threshold, **fields)
+    return SAE(weight.T, b_enc.to(dtype), W_dec, b_dec.to(dtype), threshold=threshold, copy=False, **fields)
 
 
 def _blocks(matrix: Tensor) -> Iterator[Tensor]:

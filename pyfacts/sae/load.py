@@ -18,6 +18,7 @@ LOADERS: dict[str, Callable[[Path, torch.dtype | None], SAE]] = {
     "params.safetensors": gemma_scope.load_safetensors,
     "ae.pt": dictionary_learning.load,
 }
+LFS_POINTER = b"version https://git-lfs"
 SUFFIXES = {".npz": gemma_scope.load_npz, ".pt": dictionary_learning.load}
 
 
@@ -60,6 +61,7 @@ def load_sae(path: str | os.PathLike[str], device: torch.device | str = "cpu", d
     if dtype is not None and dtype not in DTYPES:
         raise TypeError(f"dtype must be float32, bfloat16, float16 or None, got {dtype}")
     weights = _find_weights(Path(os.path.expanduser(path)))
+    _refuse_pointer(weights)
     return _loader(weights)(weights, dtype).to(device)
 
 
@@ -74,6 +76,14 @@ def _find_weights(path: Path) -> Path:
     if len(found) > 1:
         raise CheckpointError(path, None, f"holds more than one SAE; give one of {', '.join(map(str, found))}")
     return found[0]
+
+
+def _refuse_pointer(weights: Path) -> None:
+    with open(weights, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise CheckpointError(
+                weights, None, "is a pointer of git-lfs, not the weights: fetch them with git lfs pull"
+            )
 
 
 def _loader(weights: Path) -> Callable[[Path, torch.dtype | None], SAE]:

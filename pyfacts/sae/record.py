@@ -1,6 +1,6 @@
 """The `SAE` record: weights, an activation, and what is needed to encode and decode with them."""
 
-from dataclasses import dataclass, replace
+from dataclasses import InitVar, dataclass, replace
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ class SAE:
     """A sparse autoencoder: latents = activation(x @ W_enc + b_enc), reconstruction = latents @ W_dec + b_dec.
 
     Made by `pyfacts.load_sae`, which folds a checkpoint's scales and pre-encoder bias into these tensors, or directly
-    from tensors of float32, bfloat16 or float16, all of one dtype and on one device. Nothing is copied that is laid out
-    as the kernels read it: `W_enc.T` contiguous (W_enc as the transpose of an `nn.Linear`'s weight), W_dec contiguous.
+    from tensors of float32, bfloat16 or float16, all of one dtype and on one device. It has its own copies of them:
+    what is trained further is another SAE.
 
     Attributes:
         W_enc: [d_in, d_sae].
@@ -38,6 +38,10 @@ class SAE:
             mean 0 and standard deviation 1; "constant_norm_rescale", to norm sqrt(d_in).
         hook_name: where in the model it belongs, as the checkpoint says, or None.
         source_format: "sae_lens", "gemma_scope", "sparsify", "dictionary_learning", or "tensors".
+
+    Args:
+        copy: False takes over tensors that nobody else will change, without doubling their memory, where `W_enc.T` and
+            W_dec are contiguous, as the kernels read them.
 
     Raises:
         TypeError: a weight is not a tensor, a dtype is not supported, or dtypes differ.
@@ -63,17 +67,18 @@ class SAE:
     input_norm: str | None = None
     hook_name: str | None = None
     source_format: str = "tensors"
+    copy: InitVar[bool] = True
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, copy: bool) -> None:
         self.architecture = self.architecture or self.activation
         self._check_tensors()
         self._check_activation()
         if self.input_norm not in (None, *INPUT_NORMS):
             raise ValueError(f"input_norm must be None, {_listed(INPUT_NORMS)}, got {self.input_norm!r}")
         for name, tensor in self.tensors().items():
-            setattr(self, name, tensor.detach())
-        self.W_enc = self.W_enc.T.contiguous().T
-        self.W_dec = self.W_dec.contiguous()
+            rows = tensor.detach().T if name == "W_enc" else tensor.detach()
+            rows = rows.clone(memory_format=torch.contiguous_format) if copy else rows.contiguous()
+            setattr(self, name, rows.T if name == "W_enc" else rows)
 
     # ---- what it is --------------------------------------------------------------------------------------------------
 
@@ -121,8 +126,11 @@ class SAE:
             f"hook_name={self.hook_name!r}, source_format={self.source_format!r})"
         )
 
-    def to(self, *target: torch.device | str | torch.dtype) -> "SAE":
+    def to(self, *target: torch.device | str | torch.dtype, **named: Any) -> "SAE":
         """Returns the SAE on another device, in another dtype, or both (itself if it is so already).
+
+        Args:
+            target, named: as of `Tensor.to`: a device, a dtype, or `device=` and `dtype=`.
 
         Example:
             >>> import torch, pyfacts
@@ -131,10 +139,10 @@ class SAE:
             torch.bfloat16
         """
         moved: dict[str, Any] = {
-            name: tensor.to(*target)  # type: ignore[call-overload]
+            name: tensor.to(*target, **named)  # type: ignore[call-overload]
             for name, tensor in self.tensors().items()
         }
-        return self if moved["W_enc"] is self.W_enc else replace(self, **moved)
+        return self if moved["W_enc"] is self.W_enc else replace(self, copy=False, **moved)
 
     # ---- using it ----------------------------------------------------------------------------------------------------
 
