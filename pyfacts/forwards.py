@@ -54,6 +54,8 @@ def _hook(module: nn.Module, watcher: Watcher) -> Callable[[], None]:
 
     def after(called: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if called is module:
+            if not raised_before:  # hooked while it ran
+                return
             failed = sys.exc_info()[1] is not raised_before.pop()  # in the forward, or in a hook behind it
             if failed:
                 watcher.fail(module)

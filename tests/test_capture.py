@@ -247,6 +247,20 @@ def test_a_forward_that_fails_leaves_nothing_behind(model):
     assert cache.positions[:, 0].unique().tolist() == [0, 1, 2, 3]
 
 
+def test_a_capture_that_is_opened_within_a_forward(model):
+    """That forward goes on, and what it has missed does not hurt the next."""
+    caches = []
+    opened = capture(model)
+    handle = model.model.decoder.layers[0].register_forward_pre_hook(lambda *_: caches.append(opened.__enter__()))
+    with pytest.warns(UserWarning, match="no attention mask is seen"):
+        model(tiny.tokens())
+    handle.remove()
+    model(tiny.tokens(seed=1))
+    opened.__exit__(None, None, None)
+    expected = neurons_of(model, tiny.tokens(), tiny.tokens(seed=1))
+    assert [torch.equal(caches[0][n].to_dense(), e) for n, e in zip(NEURONS, expected, strict=True)] == [True, True]
+
+
 # ---- modes -----------------------------------------------------------------------------------------------------------
 
 

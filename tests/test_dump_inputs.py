@@ -433,6 +433,14 @@ class TestBadInput:
         }[kind]
         assert list(documents.read_documents(source)) == columns["text"]
 
+    def test_texts_that_parquet_keeps_in_a_dictionary(self, tmp_path):
+        import pyarrow
+        import pyarrow.parquet
+
+        table = pyarrow.table({"text": pyarrow.array(["w1 w2", "w3", "w3"]).dictionary_encode()})
+        pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+        assert list(documents.read_documents(tmp_path / "x.parquet")) == ["w1 w2", "w3", "w3"]
+
     @pytest.mark.parametrize("dtype", [object, str])
     def test_an_array_of_texts(self, tmp_path, tokenizer, ids, dtype):
         read_texts = read_tokens(np.array(DOCUMENTS, dtype), Directory(tmp_path), load_tokenizer=lambda: tokenizer)

@@ -216,7 +216,7 @@ def _parquet(path: Path) -> Iterator[Document]:
     file = pyarrow.parquet.ParquetFile(path)
     unfit = {column.name: "numbers" for column in file.schema_arrow if pyarrow.types.is_primitive(column.type)}
     for column in file.schema_arrow:
-        if "string" in str(getattr(column.type, "value_type", "")):
+        if pyarrow.types.is_nested(column.type) and "string" in str(getattr(column.type, "value_type", "")):
             unfit[column.name] = "lists of strings"
     field = _field(file.schema_arrow.names, str(path), unfit)
     columns = [name for name in (field, "attention_mask") if name in file.schema_arrow.names]
