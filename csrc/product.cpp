@@ -41,7 +41,7 @@ std::optional<Tensor> onednn_weight(const Tensor& weight, int64_t n_tokens) {
   return call_torch("mkldnn::_reorder_linear_weight", "", weight, std::optional<int64_t>(n_tokens));
 }
 
-// With `out` autocast leaves the operands as they are.
+// With `out` autocast leaves the operands as they are; autograd would refuse, but is above us.
 Tensor aten_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   const Tensor out = torch::stable::new_empty(x, {x.size(0), weight.size(0)});
   return call_torch("aten::linear", "out", x, weight, bias, out);

@@ -102,9 +102,8 @@ class ablate(contextlib.ContextDecorator):
             features = _features(point, indices[point.name])
             ablation = Ablation(point.side, features, _values(point, features, values[point.name]))
             self._settings.append((point, names.model.get_submodule(point.module_path), ablation))
-        self._entered: list[
-            tuple[contextlib.ExitStack, set[str]]
-        ] = []  # with the hooks that no forward has reached yet
+        # For each time that it is open: what closes it, and the hooks that no forward has reached yet.
+        self._entered: list[tuple[contextlib.ExitStack, set[str]]] = []
 
     def __enter__(self) -> None:
         silent = {point.name for point, _, _ in self._settings}

@@ -144,7 +144,7 @@ def _warn_if_elsewhere(names: Names, point: HookPoint, sae: SparseAutoencoder) -
 
 def _warn_of_side(names: Names, point: HookPoint) -> None:
     """Warn of the path of a block or an MLP, whose input and output are equally wide, without saying which is meant."""
-    if point.name in names.points or point.name != point.module_path:
+    if point.name in names.points or point.name != point.module_path or point.width is not None:
         return
     if any(True for _ in names.model.get_submodule(point.module_path).children()):
         warn(

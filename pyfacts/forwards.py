@@ -45,19 +45,18 @@ def watch(module: nn.Module, watcher: Watcher) -> Callable[[], None]:
 
 def _hook(module: nn.Module, watcher: Watcher) -> Callable[[], None]:
     parameters = signature(module.forward)
-    raised_before: list[BaseException | None] = []  # of the calls that run, each within the one before it
+    raised_before: BaseException | None = None
 
     def before(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal raised_before
         if called is module:  # and not a copy of it
-            raised_before.append(sys.exc_info()[1])
+            raised_before = sys.exc_info()[1]
             watcher.begin(module, args, _bind(parameters, args, kwargs))
 
     def after(called: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if called is module:
-            if not raised_before:  # hooked while it ran
-                return
-            failed = sys.exc_info()[1] is not raised_before.pop()  # in the forward, or in a hook behind it
-            if failed:
+            raised = sys.exc_info()[1]
+            if raised is not None and raised is not raised_before:  # by the forward, or by a hook behind it
                 watcher.fail(module)
             else:
                 watcher.end(module, output)

@@ -148,7 +148,7 @@ class Names:
             return self.accepted_by(names_filter)
         names = [names_filter] if isinstance(names_filter, str) else names_filter
         if isinstance(names, Mapping):
-            raise TypeError("names_filter is a dict: give SAEs by their hooks as saes=, and names as a list")
+            raise TypeError("names_filter must be a list of names, got a dict; SAEs by their hooks are given as saes=")
         if not isinstance(names, Iterable):
             raise TypeError(
                 f"names_filter must be None, a str, a list of str or a callable, got {type(names).__name__}"

@@ -23,7 +23,8 @@ class Select(Protocol):
     """What `capture(select=...)` takes."""
 
     def encode(self, x: Tensor) -> EncodedActivations:
-        """Packs what is kept of x [n_tokens, n_features]; `sq_norm`, if it is left out, is that of x."""
+        """Packs what is kept of x [n_tokens, n_features]; `sq_norm`, if it is left out, is that of x,
+        which is the model's and must not change."""
 
     def describe(self) -> dict[str, object]:
         """What this is, in JSON types: a dump records it, and resumes only under an equal one."""
@@ -36,7 +37,7 @@ def keep(select: Select, x: Tensor, name: str) -> EncodedActivations:
         raise TypeError(f"{name}: {select!r} gave {type(kept).__name__}, and not EncodedActivations")
     if kept.shape != x.shape:
         raise ValueError(f"{name}: {select!r} gave {tuple(kept.shape)} of activations {tuple(x.shape)}")
-    return kept if kept.sq_norm is not None else replace(kept, sq_norm=ops.row_sq_norm(x))
+    return kept if kept.sq_norm is not None else replace(kept, sq_norm=ops.row_sq_norm(x).to(kept.device))
 
 
 class topk:

@@ -256,7 +256,10 @@ class TestErrors:
     ) -> None:
         """Input and output are equally wide, and elsewhere a hook on a module is on its output."""
         block = "model.decoder.layers.1"
-        for hook in (RESID, f"{block}:input", f"{block}:output", f"{block}.fc1"):
+        wrapped = nn.Sequential(nn.Linear(16, 4), nn.Linear(4, 40))
+        wrapped.weight = model.get_submodule(f"{block}.fc1").weight
+        model.wrapped = wrapped  # as adapters do: its width tells which side is meant
+        for hook in (RESID, f"{block}:input", f"{block}:output", f"{block}.fc1", "wrapped"):
             pyfacts.capture(model, saes={hook: TinySae(16)})
         assert not recwarn
         with pytest.warns(UserWarning, match=f"reads that module's input.*{block}:input or {block}:output"):
@@ -267,7 +270,7 @@ class TestErrors:
             pyfacts.capture(model, saes={RESID: nn.Linear(16, 3)})
         with pytest.raises(TypeError, match="d_sae.*got <class .*TinySae"):
             pyfacts.capture(model, saes={RESID: TinySae})
-        with pytest.raises(TypeError, match="give SAEs by their hooks as saes="):
+        with pytest.raises(TypeError, match="got a dict; SAEs by their hooks are given as saes="):
             pyfacts.capture(model, {RESID: TinySae(16)})
         with pytest.raises(TypeError, match="dict from hook names to SAEs, got TinySae"):
             pyfacts.capture(model, saes=TinySae(16))

@@ -465,6 +465,8 @@ class TestBadInput:
         assert list(documents.read_documents({"text": "w1 w2", "input_ids": [1, 2]})) == [[1, 2]]
         assert list(documents.read_documents({"text": None, "input_ids": [1, 2]})) == [[1, 2]]
         assert list(documents.read_documents({"text": "w1 w2", "tokens": 2})) == ["w1 w2"]
+        assert list(documents.read_documents({"text": "w1 w2", "tokens": ["w1", "w2"]})) == ["w1 w2"]
+        assert list(documents.read_documents({"tokens": ["w1 w2", "w3"]})) == ["w1 w2", "w3"]
 
     def test_a_home_directory(self, tmp_path, monkeypatch):
         monkeypatch.setenv("HOME", str(tmp_path))

@@ -144,30 +144,32 @@ def _of_one_text(rows: Sequence[Any]) -> Sequence[Any]:
 
 def _mapping(columns: Mapping[str, Any]) -> list[Document]:
     columns = {name: _python_column(column) for name, column in columns.items()}
-    field = _field(columns, "the mapping", {name: kind for name in columns if (kind := _unfit_column(name, columns))})
+    field = _field(columns, "the mapping", {name: kind for name in columns if (kind := _why_no_ids(name, columns))})
     column = columns[field]
     if field in TEXT_FIELDS:
         return [column] if isinstance(column, str) else list(column)
     return without_padding(f"tokens[{field!r}]", column, columns)
 
 
-def _unfit_column(name: str, columns: Mapping[str, Any]) -> str:
-    """What an id column is that holds none; "" of another: a number, or one for each of several texts (of a single one
-    they are its ids), or strings."""
+def _why_no_ids(name: str, columns: Mapping[str, Any]) -> str:
+    """What an id column holds instead: a number, or one for each of several texts (of a single text they are its ids),
+    or words; "" if it may hold ids."""
     column, texts = columns[name], next((columns[text] for text in TEXT_FIELDS if text in columns), None)
     if name not in ID_FIELDS:
         return ""
     if not hasattr(column, "__len__"):
         return "numbers"
     first: Any = next(iter(column), None)
-    if isinstance(first, str) or _unfit(first) == "lists of strings":
+    if isinstance(first, str) and texts is not None:
+        return "strings"
+    if _why_no_document(first) == "lists of strings":
         return "lists of strings"
     counts = not isinstance(texts, str | None) and len(column) == len(texts) > 0 and np.ndim(first) == 0
     return "numbers" if counts else ""
 
 
-def _unfit(value: Any) -> str:
-    """What a row's value is that is no document; "" of one that may be."""
+def _why_no_document(value: Any) -> str:
+    """What a row's value is, if it can be neither a text nor ids; "" if it can."""
     if isinstance(value, int | float):
         return "numbers"
     if isinstance(value, Sequence) and not isinstance(value, str) and len(value) and isinstance(value[0], str):
@@ -256,7 +258,7 @@ def _dataset(rows: Any, name: str) -> Iterator[Document]:
 
 def _row(row: Mapping[str, Any], where: str) -> Document:
     """The document of one row."""
-    field = _field(row, where, {name: kind for name, value in row.items() if (kind := _unfit(value))})
+    field = _field(row, where, {name: kind for name, value in row.items() if (kind := _why_no_document(value))})
     if row[field] is None:
         raise ValueError(f"tokens: {field!r} is null in {where}: leave such rows out, or give them an empty text")
     return _unmasked(row[field], row.get("attention_mask"))

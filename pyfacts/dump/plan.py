@@ -269,7 +269,7 @@ def check_same(existing: Plan, wanted: Plan, store: Store) -> None:
             new = some(name for name in here if name not in there) or "none"
             what = f"of its hooks {missing} are missing here, and {new} are new"
         elif name == "batch_size":
-            what += ", on which the last bits of what a model computes depend"
+            what += "; the last bits of what a model computes depend on it"
         empty = store.names().isdisjoint(map(record_name, range(existing.n_shards)))
         raise DumpError(
             f"the directory holds another dump: {what}; dump into another directory, or with the same model, tokens "

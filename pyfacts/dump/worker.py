@@ -74,6 +74,8 @@ class Worker:
         self._probed: tuple[int, _Captured] | None = None  # the first batch, by its first sequence
         self._projection = (0, 0)
         self._tokens_done = self._tokens_resumed = 0
+        self._todo: list[int] = []  # shards that this worker has not begun, nor another committed
+        self._own: set[int] = set()  # those that this rank takes first
         self._done: set[int] = set()  # committed shards
         self._n_writers = min(cores(), MAX_WRITERS)
         self._writing: list[Future[None]] = []
@@ -88,20 +90,21 @@ class Worker:
         if existing is not None:
             self._plan = existing
         todo = [shard for shard in range(self._plan.n_shards) if record_name(shard) not in names]
+        self._todo, self._own = todo, set(todo[rank::world_size])
         self._done = set(range(self._plan.n_shards)).difference(todo)
         self._tokens_resumed = self._tokens_done = self._plan.n_tokens - sum(map(self._shard_tokens, todo))
-        if todo:
-            self._probe(self._choose(todo, rank, world_size))
+        shard = self._next()
+        if shard is not None:
+            self._probe(shard)
             if existing is None:
                 self._write_plan()
         with (  # leaves when all jobs have ended
             ThreadPoolExecutor(self._n_writers, "pyfacts-writer") as self._writers,
             ThreadPoolExecutor(1, "pyfacts-committer") as self._committer,
         ):
-            while todo:
-                shard = self._choose(todo, rank, world_size)
-                todo.remove(shard)
+            while shard is not None:
                 self._write_shard(shard)
+                shard = self._next()
             self._await_commit()
         self._sweep()
         self._report()
@@ -142,23 +145,32 @@ class Worker:
 
     # ---- shards ------------------------------------------------------------------------------------------------------
 
-    def _choose(self, todo: list[int], rank: int, world_size: int) -> int:
-        """The shard to compute next: of those that nobody has begun, the first of this rank's, else any of the others'.
+    def _next(self) -> int | None:
+        """The shard to compute now: of those that nobody has begun this rank's first, else any; None at the end.
 
         What a directory shows as begun comes last, and in no order: most of it another worker will have done by then,
         and several that help do not all help with the same. An object store does not show it.
         """
-        begun = {attempted_shard(name) for name in self._store.names()}
-        untouched = [shard for shard in todo if shard_name(shard) not in begun]
-        own = (shard for shard in untouched if shard % world_size == rank)
-        shard = next(own, None)
-        return secrets.choice(untouched or todo) if shard is None else shard
+        names = self._store.names()
+        committed = {shard for shard in self._todo if record_name(shard) in names}
+        self._todo = [shard for shard in self._todo if shard not in committed]
+        for shard in committed:
+            self._skip(shard, self._tokens_done + self._shard_tokens(shard))
+        if not self._todo:
+            return None
+        begun = {attempted_shard(name) for name in names}
+        untouched = [shard for shard in self._todo if shard_name(shard) not in begun]
+        own = [shard for shard in untouched if shard in self._own]
+        chosen = own[0] if own else secrets.choice(untouched or self._todo)
+        self._todo.remove(chosen)
+        return chosen
 
     def _write_shard(self, shard: int) -> None:
         """Computes a shard and hands it over to be committed, unless another worker has done so."""
         done = self._tokens_done + self._shard_tokens(shard)
         writer = self._open(shard)
         if writer is None:
+            self._probed = None
             self._skip(shard, done)
             return
         try:
