@@ -10,7 +10,7 @@ namespace pyfacts {
 
 class Screen {
  public:
-  // threshold: [n_features] of x's dtype, or none for zeros.
+  // threshold: [n_features] of x's dtype, or none for zeros; a negative one is as good as zero.
   Screen(const Linear& linear, const std::optional<Tensor>& threshold);
 
   // Whether it pays: not of few tokens or short rows, not without bfloat16 products, and not once it has let a tenth

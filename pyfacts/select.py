@@ -23,8 +23,7 @@ class Select(Protocol):
     """What `capture(select=...)` takes."""
 
     def encode(self, x: Tensor) -> EncodedActivations:
-        """Packs what is kept of x [n_tokens, n_features]; `sq_norm`, if it is left out, is that of x,
-        which is the model's and must not change."""
+        """Packs what is kept of x [n_tokens, n_features], which must not change; `sq_norm` is x's where left out."""
 
     def describe(self) -> dict[str, object]:
         """What this is, in JSON types: a dump records it, and resumes only under an equal one."""
