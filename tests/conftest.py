@@ -1,7 +1,8 @@
-"""Shared parameters: dtypes, shapes around every boundary of the format, and the instruction sets of this CPU."""
+"""Shared by tests: dtypes, shapes around every boundary of the format, an undisturbed dump."""
 
 import os
 
+import dump_models
 import pytest
 import torch
 
@@ -25,3 +26,11 @@ def sparse(n_tokens: int, n_features: int, density: float, dtype: torch.dtype, s
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(n_tokens, n_features, generator=generator).abs() + 1e-3
     return (values * (torch.rand(n_tokens, n_features, generator=generator) < density)).to(dtype)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> dict[str, bytes]:
+    """What a dump of `TinyModel` leaves on the disk if nothing happens to it."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    dump_models.resume(out)
+    return dump_models.committed_bytes(out)

@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pyfacts.dump.run import dump
+
 HOOKS = ["layers.0.down", "layers.1.down"]
 VOCAB, WIDTH, CONTEXT = 64, 300, 16
 
@@ -99,13 +101,19 @@ def committed_bytes(root: Path) -> dict[str, bytes]:
 
 N_SEQUENCES = 1000
 ARGUMENTS = {"names_filter": HOOKS, "shard_tokens": 5000, "batch_size": 8}  # four shards, the last one short
+
+
+def resume(out: Path, **changes: object):
+    """Dumps `TinyModel`, or what is left of it."""
+    return dump(TinyModel(), tokens(N_SEQUENCES), out, **ARGUMENTS | changes)
+
+
 KILL_POINTS = ("first batch", "mid shard", "before the headers", "before the link", "after the link")
 _KILL_TOKENS = {"first batch": 1, "mid shard": 5000 + 3000}
 
 
 def main(out: str, point: str) -> None:
     from pyfacts.dump import files, shard_writer
-    from pyfacts.dump.run import dump
 
     def die(*_: object, **__: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
