@@ -204,7 +204,7 @@ FAULTS = {
     "matrices in the wrong order": (r"(stmatrix.*\{)(%r\d+), (%r\d+)", r"\1\3, \2", "not equal"),
     "lanes do not wait for each other": (r"bar\.warp\.sync\s+-1;", "", "not equal"),
     "groups in one place": (
-        r"atom\.global\.add\.u64(\s+%rd\d+, \[%rd\d+\]),\s+%rd\d+;",
+        r"atom\.relaxed\.gpu\.global\.add\.u64(\s+%rd\d+, \[%rd\d+\]),\s+%rd\d+;",
         r"ld.global.u64\1;",
         "not equal",
     ),

@@ -30,26 +30,35 @@ struct Part {
   int64_t n_blocks() const { return n_columns(n_features) * ceil_div(n_groups(n_tokens), kBlockGroups<T>); }
 };
 
-// `place` for the groups of a block.
+// `place` for the groups of a block: one addition to the cursor, under way until start() is called.
 template <typename T>
-__device__ __forceinline__ uint64_t place_block(unsigned long long* cursor, uint64_t units, int thread,
-                                                BlockShared<T>& shared) {
-  const int warp = thread / kWarpLanes;
-  if (thread % kWarpLanes == 0) shared.units[warp] = units;
-  __syncthreads();
-  if (thread == 0) {
-    unsigned long long sum = 0;
-    for (int i = 0; i < kBlockGroups<T>; ++i) sum += shared.units[i];
-    unsigned long long start = atomicAdd(cursor, sum);
-    for (int i = 0; i < kBlockGroups<T>; ++i) {
-      const uint64_t mine = shared.units[i];
-      shared.units[i] = start;
-      start += mine;
+struct PlaceBlock {
+  unsigned long long* cursor;
+  int thread;
+  BlockShared<T>& shared;
+  unsigned long long at = 0;
+
+  __device__ __forceinline__ void ask(uint64_t units) {
+    if (thread % kWarpLanes == 0) shared.units[thread / kWarpLanes] = units;
+    __syncthreads();
+    if (thread == 0) {
+      unsigned long long sum = 0;
+      for (int i = 0; i < kBlockGroups<T>; ++i) sum += shared.units[i];
+      at = add_to_cursor(cursor, sum);
     }
   }
-  __syncthreads();
-  return shared.units[warp];
-}
+  __device__ __forceinline__ uint64_t start() {
+    if (thread == 0) {
+      for (int i = 0; i < kBlockGroups<T>; ++i) {
+        const uint64_t mine = shared.units[i];
+        shared.units[i] = at;
+        at += mine;
+      }
+    }
+    __syncthreads();
+    return shared.units[thread / kWarpLanes];
+  }
+};
 
 // Blocks in flight together read whole rows: their number runs along the columns first.
 template <typename T>
@@ -59,7 +68,6 @@ __device__ __forceinline__ void encode_groups(const Part<T>& x, const Stored& st
   const int64_t columns = n_columns(x.n_features);
   const int64_t column = block % columns;
   const int64_t token = (block / columns * kBlockGroups<T> + warp) * kGroupTokens;
-  const auto place = [&](uint64_t units) { return place_block(out.cursor, units, thread, shared); };
   // Warps beyond the last token have none, and take part all the same.
   const int64_t tokens_left = x.n_tokens - token;
   const int n_tokens = tokens_left < 0 ? 0 : tokens_left < kGroupTokens ? static_cast<int>(tokens_left) : kGroupTokens;
@@ -79,7 +87,7 @@ __device__ __forceinline__ void encode_groups(const Part<T>& x, const Stored& st
 #pragma unroll
   for (int i = 0; i < kGroupTokens; ++i) store_octet(&staging.rows.row[i][kOctet * lane], octets[i]);
   pack_group(out, x.first_column + column, x.first_token + token, n_tokens, width, lane, stored, octets, staging,
-             place);
+             PlaceBlock<T>{out.cursor, thread, shared});
 }
 
 }  // namespace pyfacts::cuda

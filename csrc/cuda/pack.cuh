@@ -35,6 +35,23 @@ __device__ __forceinline__ void copy_units(const void* from, uint8_t* to, int n_
   }
 }
 
+// atomicAdd by the first lane of a warp, whose result is not waited for until it is used. Of an addition to one address
+// ptxas makes one for all lanes that are there, and waits at once to share its result out; so it must not see that.
+__device__ __forceinline__ unsigned long long add_to_cursor(unsigned long long* cursor, unsigned long long units) {
+#ifdef __CUDA_ARCH__
+  uint32_t lane;  // 0
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  unsigned long long before;
+  asm volatile("atom.relaxed.gpu.global.add.u64 %0, [%1], %2;"
+               : "=l"(before)
+               : "l"(cursor + lane), "l"(units)
+               : "memory");
+  return before;
+#else
+  return atomicAdd(cursor, units);
+#endif
+}
+
 // Where the parts of a row begin in the staging memory: index bytes << 16 | values.
 __device__ __forceinline__ int index_of(uint32_t place) { return static_cast<int>(place >> 16); }
 __device__ __forceinline__ int values_of(uint32_t place) { return static_cast<int>(place & 0xffff); }
@@ -109,7 +126,7 @@ __device__ __forceinline__ void stage_by_octets(int n_row, uint32_t before, int 
 template <typename T, typename Place>
 __device__ __forceinline__ void pack_group(const Arena& out, int64_t column, int64_t first_token, int n_tokens,
                                            int width, int lane, const Stored& stored,
-                                           const Octet<T> (&octets)[kGroupTokens], Staging<T>& staging, Place place) {
+                                           const Octet<T> (&octets)[kGroupTokens], Staging<T>& staging, Place&& place) {
 #pragma unroll
   for (int i = 0; i < kGroupTokens; ++i) {
     staging.bitmaps[i * kWarpLanes + lane] = static_cast<uint8_t>(stored_bits(octets[i], stored));
@@ -131,32 +148,38 @@ __device__ __forceinline__ void pack_group(const Arena& out, int64_t column, int
 
   const auto index_units = static_cast<int>(ceil_div(index_of(total), kUnitBytes));
   const auto values_units = static_cast<int>(ceil_div(values_of(total) * sizeof(T), kUnitBytes));
-  const uint64_t start = place(static_cast<uint64_t>(values_units) << 32 | index_units);
-  if (lane == 0 && n_tokens > 0) out.group_ptr[column * n_groups(out.n_tokens) + first_token / kGroupTokens] = start;
+  place.ask(static_cast<uint64_t>(values_units) << 32 | index_units);
   if (part == 0 && row < n_tokens) {
     out.counts[column * out.n_tokens + first_token + row] =
         static_cast<uint8_t>(n_row < kCountSaturated ? n_row : kCountSaturated);
   }
-  const int64_t index_start = static_cast<int64_t>(start & 0xffffffff) * kUnitBytes;
-  const int64_t values_start = static_cast<int64_t>(start >> 32) * kUnitBytes;
-  if (index_start + index_units * kUnitBytes > out.index_capacity) return;
-  if (values_start + values_units * kUnitBytes > out.values_capacity) return;
-
+  // The addition to the cursor is under way meanwhile. The staging memory has room for any group.
   if (values_of(total) > kDenseGroup) {
     stage_by_octets(n_row, before, width, lane, staging);
   } else {
     stage_by_rows(n_row, before, width, lane, staging);
   }
   __syncwarp();
+  const uint64_t start = place.start();
+  if (lane == 0 && n_tokens > 0) out.group_ptr[column * n_groups(out.n_tokens) + first_token / kGroupTokens] = start;
+  const int64_t index_start = static_cast<int64_t>(start & 0xffffffff) * kUnitBytes;
+  const int64_t values_start = static_cast<int64_t>(start >> 32) * kUnitBytes;
+  if (index_start + index_units * kUnitBytes > out.index_capacity) return;
+  if (values_start + values_units * kUnitBytes > out.values_capacity) return;
   copy_units(staging.index, out.index + index_start, index_units, lane);
   copy_units(staging.values, out.values + values_start, values_units, lane);
 }
 
 // `place` for a warp by itself.
-__device__ __forceinline__ uint64_t place_warp(unsigned long long* cursor, uint64_t units, int lane) {
-  unsigned long long start = 0;
-  if (lane == 0) start = atomicAdd(cursor, static_cast<unsigned long long>(units));
-  return __shfl_sync(kAllLanes, start, 0);
-}
+struct PlaceWarp {
+  unsigned long long* cursor;
+  int lane;
+  unsigned long long at = 0;
+
+  __device__ __forceinline__ void ask(uint64_t units) {
+    if (lane == 0) at = add_to_cursor(cursor, units);
+  }
+  __device__ __forceinline__ uint64_t start() const { return __shfl_sync(kAllLanes, at, 0); }
+};
 
 }  // namespace pyfacts::cuda

@@ -96,7 +96,7 @@ __device__ __forceinline__ void pack_staged(const ProductOut& out, int64_t colum
     }
   }
   pack_group(out.arena, column, first_token, n_tokens, width, lane, kNotZero, octets, staging,
-             [&](uint64_t units) { return place_warp(out.arena.cursor, units, lane); });
+             PlaceWarp{out.arena.cursor, lane});
 }
 
 // accumulators(i) is this lane's i-th. first_token and column may lie beyond the matrix, as tiles do. Numbers has
