@@ -223,7 +223,7 @@ STABLE_TORCH_LIBRARY(pyfacts, m) {
       " Tensor(a!) out) -> ()");
   // On CUDA only: into the device form of a matrix that comes in parts, and from there to the canonical form.
   m.def(
-      "encode_out(Tensor x, float min_abs, bool signed_zero, SymInt first_token, SymInt first_column,"
+      "encode_out(Tensor x, float min_abs, bool signed_zero, Tensor? threshold, SymInt first_token,"
       " SymInt n_features, Tensor(a!) counts, Tensor(b!) index, Tensor(c!) values, Tensor(d!) group_ptr,"
       " Tensor(e!) cursor) -> ()");
   m.def(

@@ -80,30 +80,33 @@ cuda::Arena arena(const Tensor& counts, const Tensor& index, const Tensor& value
           static_cast<unsigned long long*>(cursor.mutable_data_ptr())};
 }
 
-void pack(const Tensor& x, double min_abs, bool signed_zero, const cuda::Arena& out, int64_t first_token,
-          int64_t first_column) {
-  check_cuda(cuda::encode_out(rows(x), min_abs, signed_zero, out, first_token, first_column, current_stream(x)),
-             "encode");
+cpu::Keep keep_above(const Tensor& threshold, const Tensor& x) {
+  check_part(threshold, "threshold", 1, x.scalar_type(), x);
+  const int64_t n = n_columns(x.size(1)) * kColumnWidth;
+  STD_TORCH_CHECK(threshold.size(0) == n, "threshold must be [", n, "], whole columns, got [", threshold.size(0), "]");
+  return cpu::Keep::above(static_cast<const uint8_t*>(threshold.const_data_ptr()));
 }
 
-void encode_out(const Tensor& x, double min_abs, bool signed_zero, int64_t first_token, int64_t first_column,
-                int64_t n_features, Tensor counts, Tensor index, Tensor values, Tensor group_ptr, Tensor cursor) {
+void pack(const Tensor& x, const cpu::Keep& keep, const cuda::Arena& out, int64_t first_token) {
+  check_cuda(cuda::encode_out(rows(x), keep, out, first_token, current_stream(x)), "encode");
+}
+
+void encode_out(const Tensor& x, double min_abs, bool signed_zero, const std::optional<Tensor>& threshold,
+                int64_t first_token, int64_t n_features, Tensor counts, Tensor index, Tensor values, Tensor group_ptr,
+                Tensor cursor) {
   check_matrix(x, "x");
   check_alike(x, "x", values);
   STD_TORCH_CHECK(min_abs >= 0, "min_abs must be at least 0, got ", min_abs);
   const cuda::Arena out = arena(counts, index, values, group_ptr, cursor, n_features);
-  const int64_t end_token = first_token + x.size(0), first_feature = first_column * kColumnWidth;
-  const int64_t end_feature = first_feature + x.size(1);
+  const int64_t end_token = first_token + x.size(0);
   STD_TORCH_CHECK(first_token >= 0 && first_token % cuda::kGroupTokens == 0 && end_token <= out.n_tokens &&
                       (end_token % cuda::kGroupTokens == 0 || end_token == out.n_tokens),
                   "tokens [", first_token, ", ", end_token, ") of ", out.n_tokens, ": x must begin at a multiple of ",
                   cuda::kGroupTokens, " and end at one or with the matrix");
-  STD_TORCH_CHECK(
-      first_column >= 0 && end_feature <= n_features && (end_feature % kColumnWidth == 0 || end_feature == n_features),
-      "features [", first_feature, ", ", end_feature, ") of ", n_features, ": x must end with a column of ",
-      kColumnWidth, " or with the matrix");
+  STD_TORCH_CHECK(x.size(1) == n_features, "x has ", x.size(1), " features, the matrix ", n_features);
+  const cpu::Keep keep = threshold ? keep_above(*threshold, x) : cpu::Keep{min_abs, signed_zero};
   const DeviceGuard guard(values.get_device());
-  pack(whole_rows(x), min_abs, signed_zero, out, first_token, first_column);
+  pack(whole_rows(x), keep, out, first_token);
 }
 
 // ---- from there to the canonical form -------------------------------------------------------------------------------
@@ -187,7 +190,7 @@ Planes encode(const Tensor& x, double min_abs, bool signed_zero) {
   const Tensor cursor = new_empty(x, {1}, ScalarType::Long);
   const cuda::Arena form = arena(counts, index, values, group_ptr, cursor, n_features);
   check_cuda(cudaMemsetAsync(form.cursor, 0, sizeof(*form.cursor), current_stream(x)), "encode");
-  pack(whole_rows(x), min_abs, signed_zero, form, 0, 0);
+  pack(whole_rows(x), {min_abs, signed_zero}, form, 0);
   return canonical(std::move(counts), form, x);
 }
 

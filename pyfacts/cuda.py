@@ -47,24 +47,26 @@ def linear_relu_encode(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, threshold: Tensor | None, return_dense: bool
 ) -> tuple[Tensor, ...]:
     """See `ops.linear_relu_encode`."""
-    floor = _floor(activation, threshold)
     n_tokens, n_features = len(x), len(weight)
+    floor = _floor(activation, threshold, weight)
     h = x.new_empty((n_tokens if return_dense else 0, n_features))
     linear = _linear(x, weight, bias, h if return_dense else None)
 
     def compute(start: int, stop: int) -> Tensor:
         z = linear(start, stop)
-        if floor is None:
+        if activation == "relu2":
+            torch.threshold_(z, 0.0, 0.0).square_()
+        elif return_dense and threshold is None:
             torch.threshold_(z, 0.0, 0.0)
-        else:
-            z.masked_fill_(z <= floor, 0)
-        return z.square_() if activation == "relu2" else z
+        elif return_dense:
+            z.masked_fill_(z <= floor[:n_features], 0)
+        return z
 
-    in_two_steps = in_chunks(compute)
+    in_two_steps = in_chunks(compute, None if activation == "relu2" else floor)
 
     def fill(arena: ops.Arena, begin: int, end: int) -> None:
         dense = h[begin:end] if return_dense else None
-        operands = x[begin:end], weight, bias, activation, floor
+        operands = x[begin:end], weight, bias, activation, None if threshold is None else floor[:n_features]
         if not (FUSED and ops.fused_linear_relu_encode_out(*operands, dense, arena)):
             in_two_steps(arena, begin, end)
 
@@ -111,13 +113,16 @@ def linear_topk_encode(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, o
     return pack(x, n_tokens, n_features, in_chunks(selected), k * n_tokens)
 
 
-def _floor(activation: str, threshold: Tensor | None) -> Tensor | None:
-    """What z must exceed to be stored, or None for zero. z > floor is JumpReLU, and with it the ReLU."""
+def _floor(activation: str, threshold: Tensor | None, weight: Tensor) -> Tensor:
+    """What each feature must exceed to be stored, [n_columns * 256]: zero or, for JumpReLU, its threshold above that."""
     if activation not in ("relu", "relu2", "jumprelu"):
         raise ValueError(f"unknown activation {activation}")
     if (activation == "jumprelu") != (threshold is not None):
         raise ValueError("jumprelu, and it alone, takes a threshold")
-    return None if threshold is None else threshold.clamp(min=0)
+    floor = weight.new_zeros(ops.columns_of(len(weight)) * ops.COLUMN_WIDTH)
+    if threshold is not None:
+        torch.clamp(threshold, min=0, out=floor[: len(weight)])
+    return floor
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Callable[[int, int], Tensor]:
@@ -207,13 +212,18 @@ def chunk_tokens(like: Tensor, n_features: int, n_bytes: int | None = None) -> i
     return max(1, (n_bytes or CHUNK_BYTES) // row_bytes // ops.TILE_TOKENS) * ops.TILE_TOKENS
 
 
-def in_chunks(compute: Callable[[int, int], Tensor]) -> Fill:
-    """A function that packs compute(start, stop), tokens of a matrix, into the device form of tokens [begin, end)."""
+def in_chunks(compute: Callable[[int, int], Tensor], threshold: Tensor | None = None) -> Fill:
+    """A function that packs compute(start, stop), tokens of a matrix, into the device form of tokens [begin, end).
+
+    Args:
+        threshold: see `ops.encode_out`.
+    """
 
     def fill(arena: ops.Arena, begin: int, end: int) -> None:
         step = chunk_tokens(arena.values, arena.n_features)
         for start in range(begin, end, step):
-            ops.encode_out(compute(start, min(start + step, end)), arena, first_token=start - begin)
+            z = compute(start, min(start + step, end))
+            ops.encode_out(z, arena, threshold=threshold, first_token=start - begin)
 
     return fill
 

@@ -178,20 +178,20 @@ def encode_out(
     arena: Arena,
     min_abs: float = 0.0,
     signed_zero: bool = False,
+    threshold: Tensor | None = None,
     first_token: int = 0,
-    first_column: int = 0,
 ) -> None:
-    """Packs x, a part of the matrix, without waiting for the GPU.
+    """Packs x, some rows of the matrix, without waiting for the GPU.
 
     Args:
-        x: rows from `first_token` on, a multiple of 8, and features from column `first_column` on; it ends at a
-            multiple of 8 and of 256, or with the matrix. Every part is packed once, in any order.
+        x: rows from `first_token` on, a multiple of 8, to a multiple of 8 or the matrix's end. Every row is packed
+            once, in any order.
         arena: where to. What does not fit is left out, and `canonicalise` complains.
         min_abs, signed_zero: see `pyfacts.encode`.
-        first_token, first_column: x's place.
+        threshold: stores, instead, what exceeds its feature's, and NaN. [n_columns * 256] of x's dtype, none below zero.
+        first_token: x's place.
     """
-    place = first_token, first_column, arena.n_features
-    torch.ops.pyfacts.encode_out(x, min_abs, signed_zero, *place, *arena.buffers)
+    torch.ops.pyfacts.encode_out(x, min_abs, signed_zero, threshold, first_token, arena.n_features, *arena.buffers)
 
 
 def fused_linear_relu_encode_out(
@@ -271,8 +271,8 @@ def _(
     x: Tensor,
     min_abs: float,
     signed_zero: bool,
+    threshold: Tensor | None,
     first_token: int,
-    first_column: int,
     n_features: int,
     counts: Tensor,
     index: Tensor,

@@ -27,8 +27,8 @@ def encode_out(
     x: Tensor,
     min_abs: float,
     signed_zero: bool,
+    threshold: Tensor | None,
     first_token: int,
-    first_column: int,
     n_features: int,
     counts: Tensor,
     index: Tensor,
@@ -37,15 +37,18 @@ def encode_out(
     cursor: Tensor,
 ) -> None:
     n_tokens = counts.shape[1]
-    end_token, end_feature = first_token + x.shape[0], first_column * WIDTH + x.shape[1]
+    end_token = first_token + x.shape[0]
     assert first_token % GROUP == 0 and (end_token % GROUP == 0 or end_token == n_tokens)
-    assert end_feature % WIDTH == 0 or end_feature == n_features
+    assert x.shape[1] == n_features
+    if threshold is not None:
+        assert threshold.shape == (len(counts) * WIDTH,) and threshold.dtype == x.dtype and min_abs == 0
+        x = x.where((x > threshold[:n_features]) | x.isnan(), 0)
     groups = [(token, feature) for token in range(0, x.shape[0], GROUP) for feature in range(0, x.shape[1], WIDTH)]
     _order.shuffle(groups)
     for token, feature in groups:
         part = x[token : token + GROUP, feature : feature + WIDTH]
         n, i, v, _ = torch.ops.pyfacts.encode(part, min_abs, signed_zero)
-        column, start = first_column + feature // WIDTH, first_token + token
+        column, start = feature // WIDTH, first_token + token
         counts[column, start : start + n.shape[1]] = n[0]
         begin = cursor.item()
         group_ptr[column, start // GROUP] = begin

@@ -94,8 +94,8 @@ def encode_out(
     arena: Arena,
     min_abs: float = 0.0,
     signed_zero: bool = False,
+    threshold: torch.Tensor | None = None,
     first_token: int = 0,
-    first_column: int = 0,
     seed: int = 0,
 ) -> None:
     emulator.emulated_encode(
@@ -104,8 +104,9 @@ def encode_out(
         *map(ctypes.c_int64, (x.stride(0), *x.shape)),
         ctypes.c_double(min_abs),
         ctypes.c_bool(signed_zero),
+        None if threshold is None else ctypes.c_void_p(threshold.data_ptr()),
         ctypes.byref(arena),
-        *map(ctypes.c_int64, (first_token, first_column)),
+        ctypes.c_int64(first_token),
         seed,
     )
 
@@ -243,6 +244,28 @@ def test_special_values_and_thresholds(
     assert_like_the_cpu(emulator, from_bits(pattern, dtype), min_abs, signed_zero)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_thresholds_of_features(emulator: ctypes.CDLL, dtype: torch.dtype) -> None:
+    """Arbitrary bits, and values at their threshold and beside it; zero, tiny, infinite and other thresholds."""
+    random = np.random.default_rng(0)
+    n_features = 300
+    thresholds = torch.zeros(512, dtype=dtype)
+    thresholds[:n_features] = torch.from_numpy(random.exponential(1.0, n_features)).to(dtype)
+    thresholds[:40] = 0
+    thresholds[40:44] = torch.tensor([float("inf"), torch.finfo(dtype).max, torch.finfo(dtype).tiny, 1e-6]).to(dtype)
+    pattern = random.integers(0, 1 << 8 * BITS[dtype]().nbytes, (37, n_features), BITS[dtype])
+    for row, change in enumerate((0, 1, -1)):
+        pattern[row] = bits(thresholds[:n_features]) + np.array(change).astype(BITS[dtype])
+        pattern[row + 3] = pattern[row] | 1 << (8 * BITS[dtype]().nbytes - 1)
+    pattern[6:12, ::2] = 0
+    x = from_bits(pattern, dtype)
+    arena = Arena(dtype, *x.shape)
+    encode_out(emulator, x, arena, min_abs=float("inf"), threshold=thresholds)
+    kept = x.where((x > thresholds[:n_features]) | x.isnan(), 0)
+    for actual, expected in zip(canonical(emulator, arena, dtype), cpu_planes(kept), strict=True):
+        np.testing.assert_array_equal(actual, expected)
+
+
 def test_rows_with_a_stride_and_no_alignment(emulator: ctypes.CDLL) -> None:
     base = sparse(140, 300, 0.1, torch.bfloat16)
     for x in (base[:, 3:290], base[1::2], base[:1].expand(5, 300)):
@@ -261,9 +284,8 @@ def test_parts_of_a_matrix_fill_one_arena(emulator: ctypes.CDLL) -> None:
     """In any order; the canonical form does not tell."""
     x = sparse(75, 700, 0.2, torch.bfloat16, seed=2)
     arena = Arena(x.dtype, *x.shape)
-    for token, feature in ((40, 256), (0, 0), (40, 0), (0, 256)):
-        part = x[token : 40 if token == 0 else 75, feature : 256 if feature == 0 else 700]
-        encode_out(emulator, part, arena, first_token=token, first_column=feature // 256, seed=token)
+    for first, end in ((40, 72), (0, 40), (72, 75)):
+        encode_out(emulator, x[first:end], arena, first_token=first, seed=first)
     for actual, plane in zip(canonical(emulator, arena, x.dtype), cpu_planes(x), strict=True):
         np.testing.assert_array_equal(actual, plane)
 

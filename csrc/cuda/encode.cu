@@ -11,32 +11,37 @@
 namespace pyfacts::cuda {
 namespace {
 
-template <typename T>
+template <typename T, typename Rule>
 __global__ void __launch_bounds__(kBlockGroups<T>* kWarpLanes)
-    encode_kernel(const Part<T> x, const Stored stored, const Arena out) {
+    encode_kernel(const Part<T> x, const Rule rule, const Arena out) {
   __shared__ BlockShared<T> shared;
-  encode_groups(x, stored, out, blockIdx.x, threadIdx.x, shared);
+  encode_groups(x, rule, out, blockIdx.x, threadIdx.x, shared);
 }
 
 template <typename T>
-cudaError_t launch(const Rows& x, const Stored& stored, const Arena& out, int64_t first_token, int64_t first_column,
-                   cudaStream_t stream) {
+cudaError_t launch(const Rows& x, const cpu::Keep& keep, const Arena& out, int64_t first_token, cudaStream_t stream) {
   const int64_t row_bytes = x.row_stride * static_cast<int64_t>(sizeof(T));
   const bool aligned = reinterpret_cast<uintptr_t>(x.data) % kUnitBytes == 0 && row_bytes % kUnitBytes == 0;
-  const Part<T> part = {
-      static_cast<const T*>(x.data), x.row_stride, x.n_tokens, x.n_features, first_token, first_column, aligned};
+  const Part<T> part = {static_cast<const T*>(x.data), x.row_stride, x.n_tokens, x.n_features, first_token, aligned};
   if (part.n_blocks() == 0) return cudaSuccess;
-  encode_kernel<T><<<part.n_blocks(), kBlockGroups<T> * kWarpLanes, 0, stream>>>(part, stored, out);
+  const auto launch_by = [&](const auto& rule) {
+    encode_kernel<<<part.n_blocks(), kBlockGroups<T> * kWarpLanes, 0, stream>>>(part, rule, out);
+  };
+  const uint32_t floor = make_predicate(x.dtype, keep.min_abs, false).floor;
+  if (keep.thresholds != nullptr) {  // and then min_abs is infinite
+    launch_by(ByThreshold<T>{reinterpret_cast<const T*>(keep.thresholds), floor});
+  } else {
+    launch_by(ByMagnitude<T>{floor, keep.signed_zero});
+  }
   return cudaGetLastError();
 }
 
 }  // namespace
 
-cudaError_t encode_out(const Rows& x, double min_abs, bool signed_zero, const Arena& out, int64_t first_token,
-                       int64_t first_column, cudaStream_t stream) {
-  const Stored stored = {make_predicate(x.dtype, min_abs, false).floor, signed_zero};
+cudaError_t encode_out(const Rows& x, const cpu::Keep& keep, const Arena& out, int64_t first_token,
+                       cudaStream_t stream) {
   const auto launch_bits = x.dtype == DType::float32 ? launch<uint32_t> : launch<uint16_t>;
-  return launch_bits(x, stored, out, first_token, first_column, stream);
+  return launch_bits(x, keep, out, first_token, stream);
 }
 
 }  // namespace pyfacts::cuda

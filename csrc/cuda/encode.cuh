@@ -23,14 +23,13 @@ struct Part {
   int64_t row_stride;  // elements
   int64_t n_tokens;
   int64_t n_features;
-  int64_t first_token;   // in the arena's matrix; a multiple of 8
-  int64_t first_column;  // likewise
-  bool aligned;          // rows begin at multiples of 16 bytes
+  int64_t first_token;  // in the arena's matrix; a multiple of 8
+  bool aligned;         // rows begin at multiples of 16 bytes
 
   int64_t n_blocks() const { return n_columns(n_features) * ceil_div(n_groups(n_tokens), kBlockGroups<T>); }
 };
 
-// `place` for the groups of a block: one addition to the cursor, under way until start() is called.
+// `place` for the groups of a block: one addition to the cursor.
 template <typename T>
 struct PlaceBlock {
   unsigned long long* cursor;
@@ -60,9 +59,24 @@ struct PlaceBlock {
   }
 };
 
-// Blocks in flight together read whole rows: their number runs along the columns first.
+// What decides over the features of a lane, [kOctet * lane, kOctet * (lane + 1)) of a column.
 template <typename T>
-__device__ __forceinline__ void encode_groups(const Part<T>& x, const Stored& stored, const Arena& out, int64_t block,
+struct ByMagnitude {
+  Stored stored;
+  __device__ __forceinline__ Stored of(int64_t, int) const { return stored; }
+};
+template <typename T>
+struct ByThreshold {
+  const T* thresholds;  // [n_columns * 256], aligned to 16 bytes
+  uint32_t infinity;
+  __device__ __forceinline__ StoredAbove<T> of(int64_t column, int lane) const {
+    return {load_octet(thresholds + column * kColumnWidth + kOctet * lane), infinity};
+  }
+};
+
+// Blocks in flight together read whole rows: their number runs along the columns first.
+template <typename T, typename Rule>
+__device__ __forceinline__ void encode_groups(const Part<T>& x, const Rule& rule, const Arena& out, int64_t block,
                                               int thread, BlockShared<T>& shared) {
   const int warp = thread / kWarpLanes, lane = thread % kWarpLanes;
   const int64_t columns = n_columns(x.n_features);
@@ -86,7 +100,7 @@ __device__ __forceinline__ void encode_groups(const Part<T>& x, const Stored& st
   Staging<T>& staging = shared.staging[warp];
 #pragma unroll
   for (int i = 0; i < kGroupTokens; ++i) store_octet(&staging.rows.row[i][kOctet * lane], octets[i]);
-  pack_group(out, x.first_column + column, x.first_token + token, n_tokens, width, lane, stored, octets, staging,
+  pack_group(out, column, x.first_token + token, n_tokens, width, lane, rule.of(column, lane), octets, staging,
              PlaceBlock<T>{out.cursor, thread, shared});
 }
 

@@ -20,10 +20,10 @@ struct Rows {
   int64_t n_features;
 };
 
-// Packs x, the part of the arena's matrix that begins at first_token (a multiple of 8) and first_column, behind what
-// the cursor has placed so far. Whoever begins an arena sets the cursor to zero.
-cudaError_t encode_out(const Rows& x, double min_abs, bool signed_zero, const Arena& out, int64_t first_token,
-                       int64_t first_column, cudaStream_t stream);
+// Packs x, the rows of the arena's matrix from first_token (a multiple of 8) on, behind what the cursor has placed so
+// far. Whoever begins an arena sets the cursor to zero. Thresholds of `keep` are on the device, aligned to 16 bytes.
+cudaError_t encode_out(const Rows& x, const cpu::Keep& keep, const Arena& out, int64_t first_token,
+                       cudaStream_t stream);
 
 // From the device form to the canonical one, first half: writes tile_ptr [n_columns, n_tiles, 2] and the planes' sizes
 // [2] (index bytes, values), or sizes of -1 for an arena that overflowed.

@@ -91,6 +91,13 @@ struct Stored {
   bool signed_zero;
 };
 
+// Or else: those above their feature's threshold, none of which is negative, and NaN.
+template <typename T>
+struct StoredAbove {
+  Octet<T> thresholds;
+  uint32_t infinity;  // in bits
+};
+
 // Of both halves of a word at once, in their highest bits.
 __device__ __forceinline__ uint32_t stored_halves(uint32_t x, const Stored& stored) {
   constexpr uint32_t kMagnitudes = 0x7fff7fff, kSigns = 0x80008000;
@@ -100,12 +107,30 @@ __device__ __forceinline__ uint32_t stored_halves(uint32_t x, const Stored& stor
   return result & kSigns;
 }
 
-// Bit e of the result: whether element e is stored.
-__device__ __forceinline__ uint32_t stored_bits(const Octet<uint16_t>& octet, const Stored& stored) {
+__device__ __forceinline__ uint32_t halves_above(uint32_t x, uint32_t thresholds, uint32_t infinity) {
+  constexpr uint32_t kMagnitudes = 0x7fff7fff, kSigns = 0x80008000;
+  const uint32_t above = (x & kMagnitudes) + (kMagnitudes - thresholds);
+  const uint32_t nan = (x & kMagnitudes) + (0x7fff - infinity) * 0x10001;
+  return above & (~x | nan) & kSigns;
+}
+
+// The highest bits of the halves of four words, in the order of the elements.
+template <typename Halves>
+__device__ __forceinline__ uint32_t bits_of_halves(Halves halves) {
   uint32_t bits = 0;  // of elements 0, 2, 4, 6 in bits 0, 2, 4, 6, and of 1, 3, 5, 7 in bits 16, 18, 20, 22
 #pragma unroll
-  for (int i = 0; i < 4; ++i) bits |= stored_halves(octet.unit[0].word[i], stored) >> (15 - 2 * i);
+  for (int i = 0; i < 4; ++i) bits |= halves(i) >> (15 - 2 * i);
   return (bits | bits >> 15) & 0xff;
+}
+
+// Bit e of the result: whether element e is stored.
+__device__ __forceinline__ uint32_t stored_bits(const Octet<uint16_t>& octet, const Stored& stored) {
+  return bits_of_halves([&](int i) { return stored_halves(octet.unit[0].word[i], stored); });
+}
+
+__device__ __forceinline__ uint32_t stored_bits(const Octet<uint16_t>& octet, const StoredAbove<uint16_t>& stored) {
+  return bits_of_halves(
+      [&](int i) { return halves_above(octet.unit[0].word[i], stored.thresholds.unit[0].word[i], stored.infinity); });
 }
 
 __device__ __forceinline__ uint32_t stored_bits(const Octet<uint32_t>& octet, const Stored& stored) {
@@ -115,6 +140,18 @@ __device__ __forceinline__ uint32_t stored_bits(const Octet<uint32_t>& octet, co
   for (int e = 0; e < kOctet; ++e) {
     const uint32_t x = octet.element(e);
     bits |= static_cast<uint32_t>((x & ~kSign) > stored.floor || (stored.signed_zero && x == kSign)) << e;
+  }
+  return bits;
+}
+
+__device__ __forceinline__ uint32_t stored_bits(const Octet<uint32_t>& octet, const StoredAbove<uint32_t>& stored) {
+  constexpr uint32_t kSign = 0x80000000;
+  uint32_t bits = 0;
+#pragma unroll
+  for (int e = 0; e < kOctet; ++e) {
+    const uint32_t x = octet.element(e), magnitude = x & ~kSign;
+    const bool above = magnitude > stored.thresholds.element(e) && (x == magnitude || magnitude > stored.infinity);
+    bits |= static_cast<uint32_t>(above) << e;
   }
   return bits;
 }

@@ -35,8 +35,9 @@ __device__ __forceinline__ void copy_units(const void* from, uint8_t* to, int n_
   }
 }
 
-// atomicAdd by the first lane of a warp, whose result is not waited for until it is used. Of an addition to one address
-// ptxas makes one for all lanes that are there, and waits at once to share its result out; so it must not see that.
+// atomicAdd by the first lane of a warp, which waits for its result where that is used, and not before. Of additions to
+// one address ptxas makes one for the whole warp, and waits at once to share its result out: so the address is made to
+// look as if it depended on the lane.
 __device__ __forceinline__ unsigned long long add_to_cursor(unsigned long long* cursor, unsigned long long units) {
 #ifdef __CUDA_ARCH__
   uint32_t lane;  // 0
@@ -120,12 +121,13 @@ __device__ __forceinline__ void stage_by_octets(int n_row, uint32_t before, int 
 
 // Packs the tokens [first_token, first_token + n_tokens), 0 to 8, of a column of that width. octets[i] is this
 // lane's part of the i-th of them, zeros beyond the width and beyond the last token, and staging.rows.row[i] holds it
-// too: this lane's writes need not be visible to the others yet. All lanes take part.
+// too: this lane's writes need not be visible to the others yet. `stored` says which values are. All lanes take part.
 //
-// place(units) asks for room, values << 32 | index, and returns where it begins; all lanes call it at once.
-template <typename T, typename Place>
+// place.ask(units) asks for room, values << 32 | index; place.start() waits for the answer, where that begins. All
+// lanes call them at once.
+template <typename T, typename Which, typename Place>
 __device__ __forceinline__ void pack_group(const Arena& out, int64_t column, int64_t first_token, int n_tokens,
-                                           int width, int lane, const Stored& stored,
+                                           int width, int lane, const Which& stored,
                                            const Octet<T> (&octets)[kGroupTokens], Staging<T>& staging, Place&& place) {
 #pragma unroll
   for (int i = 0; i < kGroupTokens; ++i) {
@@ -153,7 +155,7 @@ __device__ __forceinline__ void pack_group(const Arena& out, int64_t column, int
     out.counts[column * out.n_tokens + first_token + row] =
         static_cast<uint8_t>(n_row < kCountSaturated ? n_row : kCountSaturated);
   }
-  // The addition to the cursor is under way meanwhile. The staging memory has room for any group.
+  // While the answer travels: the staging memory has room for any group.
   if (values_of(total) > kDenseGroup) {
     stage_by_octets(n_row, before, width, lane, staging);
   } else {

@@ -207,7 +207,7 @@ __device__ __forceinline__ BitmapPart<T> unpack_bitmap(const cpu::Encoding& e, c
   bool stored_zero = false;
   if (counts_agree(n, row.count_byte, run.width)) {  // then the ranks are those of the row's values
     part.values = load_packed(row.values + part.rank, part.bits);
-    stored_zero = stored_bits(part.values, {0, signed_zero}) != part.bits;
+    stored_zero = stored_bits(part.values, Stored{0, signed_zero}) != part.bits;
   }
   const bool sound = __ballot_sync(kAllLanes, spare_bits || stored_zero) == 0;
   if (sound && counts_agree(n, row.count_byte, run.width)) return part;

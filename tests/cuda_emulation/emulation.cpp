@@ -75,17 +75,17 @@ void launch(int64_t n_blocks, int n_threads, uint32_t seed, Body body) {
 using GuardedArena = ArenaCopy<Guarded>;
 using GuardedEncoding = EncodingCopy<Guarded>;
 
-template <typename T>
-void encode(const T* x, int64_t row_stride, int64_t n_tokens, int64_t n_features, Stored stored, const Arena& out,
-            int64_t first_token, int64_t first_column, uint32_t seed) {
+template <typename T, typename Rule>
+void encode(const T* x, int64_t row_stride, int64_t n_tokens, int64_t n_features, const Rule& rule, const Arena& out,
+            int64_t first_token, uint32_t seed) {
   Guarded<const T> rows(x, extent(n_tokens, row_stride, n_features));
   GuardedArena arena(out);
   const bool aligned = reinterpret_cast<uintptr_t>(rows.data()) % kUnitBytes == 0 &&
                        row_stride * static_cast<int64_t>(sizeof(T)) % kUnitBytes == 0;
-  const Part<T> part = {rows.data(), row_stride, n_tokens, n_features, first_token, first_column, aligned};
+  const Part<T> part = {rows.data(), row_stride, n_tokens, n_features, first_token, aligned};
   launch<BlockShared<T>>(part.n_blocks(), kBlockGroups<T> * kWarpLanes, seed,
                          [&](int64_t block, int thread, BlockShared<T>& shared) {
-                           encode_groups<T>(part, stored, arena.get(), block, thread, shared);
+                           encode_groups<T>(part, rule, arena.get(), block, thread, shared);
                          });
   arena.copy_back();
 }
@@ -198,10 +198,16 @@ void sparse_linear(int64_t n_tokens, int64_t n_features, const int64_t* crow, co
 extern "C" {
 
 void emulated_encode(int dtype, const void* x, int64_t row_stride, int64_t n_tokens, int64_t n_features, double min_abs,
-                     bool signed_zero, const Arena* out, int64_t first_token, int64_t first_column, uint32_t seed) {
-  const Stored stored = {make_predicate(static_cast<DType>(dtype), min_abs, false).floor, signed_zero};
-  const auto run = [&](auto* rows) {
-    encode(rows, row_stride, n_tokens, n_features, stored, *out, first_token, first_column, seed);
+                     bool signed_zero, const void* thresholds, const Arena* out, int64_t first_token, uint32_t seed) {
+  const uint32_t floor = make_predicate(static_cast<DType>(dtype), min_abs, false).floor;
+  const auto run = [&]<typename T>(const T* rows) {
+    if (thresholds == nullptr) {
+      const ByMagnitude<T> rule = {floor, signed_zero};
+      return encode(rows, row_stride, n_tokens, n_features, rule, *out, first_token, seed);
+    }
+    Guarded<const T> copy(static_cast<const T*>(thresholds), n_columns(n_features) * kColumnWidth);
+    const ByThreshold<T> rule = {copy.data(), floor};
+    encode(rows, row_stride, n_tokens, n_features, rule, *out, first_token, seed);
   };
   dtype == 0 ? run(static_cast<const uint32_t*>(x)) : run(static_cast<const uint16_t*>(x));
 }

@@ -89,15 +89,18 @@ const char* emulated_error() {
 }
 
 void emulated_encode(int dtype, const void* x, int64_t row_stride, int64_t n_tokens, int64_t n_features, double min_abs,
-                     bool signed_zero, const Arena* out, int64_t first_token, int64_t first_column, uint32_t) {
+                     bool signed_zero, const void* thresholds, const Arena* out, int64_t first_token, uint32_t) {
   guarded([&] {
     const DType type = static_cast<DType>(dtype);
     // Rows stay as misaligned as they are.
     const int64_t shift = static_cast<int64_t>(reinterpret_cast<uintptr_t>(x) % kUnitBytes);
     const Bytes rows(bytes(x) - shift, shift + extent(n_tokens, row_stride, n_features) * item_bytes(type));
     ArenaOnDevice arena(*out);
-    check(encode_out({type, rows.data() + shift, row_stride, n_tokens, n_features}, min_abs, signed_zero, arena.get(),
-                     first_token, first_column, nullptr));
+    const int64_t n_thresholds = thresholds == nullptr ? 0 : n_columns(n_features) * kColumnWidth;
+    const Bytes thresholds_there(bytes(thresholds), n_thresholds * item_bytes(type));
+    const cpu::Keep keep = {min_abs, signed_zero, thresholds == nullptr ? nullptr : thresholds_there.data()};
+    check(encode_out({type, rows.data() + shift, row_stride, n_tokens, n_features}, keep, arena.get(), first_token,
+                     nullptr));
     arena.copy_back();
   });
 }
