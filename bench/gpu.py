@@ -104,6 +104,13 @@ def up_projection(timer: Timer, shape: tuple[int, int, int], density: float, flo
         "encode(_addmm_activation)": lambda: pyfacts.encode(torch._addmm_activation(bias, x, weight.T)),
     }
     ours: dict[str, Call] = {}
+    if timer.fused:
+        arena = ops.empty_arena(x, n_tokens, n_features)
+
+        def kernel() -> None:  # without what makes the planes of the device form
+            assert ops.fused_linear_relu_encode_out(x, weight, bias, "relu", None, None, arena)
+
+        ours["fused kernel"] = kernel
     for name, fused in ways(timer).items():
         ours[name] = by_way(fused, lambda: pyfacts.linear_relu_encode(x, weight, bias))
         ours[f"{name}, h too"] = by_way(fused, lambda: pyfacts.linear_relu_encode(x, weight, bias, return_dense=True))

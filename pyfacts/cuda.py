@@ -27,6 +27,9 @@ WIDE = 32768
 # None of these was tuned on a GPU yet.
 CHUNK_BYTES = 32 << 20
 """Scratch memory of a product: most of the 50 MB of an H100's L2 cache."""
+CHUNK_TOKENS = 256
+"""And at least as many tokens, where nothing but the product takes memory: with 128 an H200 would wait for the weight,
+whose every 2 bytes are 2 operations a token, and its tensor cores do 165 while its memory brings a byte."""
 ARENA_BYTES = 4 << 30
 """Values that the device form can hold at once. A longer matrix is made in pieces, each of which waits for the GPU; and
 joining them takes 24 bytes a value, so that what is neither long nor wide should not come to it."""
@@ -49,8 +52,9 @@ def linear_relu_encode(
     """See `ops.linear_relu_encode`."""
     n_tokens, n_features = len(x), len(weight)
     floor = _floor(activation, threshold, weight)
+    step = max(CHUNK_TOKENS, chunk_tokens(x, n_features))
     h = x.new_empty((n_tokens if return_dense else 0, n_features))
-    linear = _linear(x, weight, bias, h if return_dense else None)
+    linear = _linear(x, weight, bias, step, h if return_dense else None)
 
     def compute(start: int, stop: int) -> Tensor:
         z = linear(start, stop)
@@ -62,7 +66,7 @@ def linear_relu_encode(
             z.masked_fill_(z <= floor[:n_features], 0)
         return z
 
-    in_two_steps = in_chunks(compute, None if activation == "relu2" else floor)
+    in_two_steps = in_chunks(compute, step, None if activation == "relu2" else floor)
 
     def fill(arena: ops.Arena, begin: int, end: int) -> None:
         dense = h[begin:end] if return_dense else None
@@ -78,12 +82,13 @@ def linear_relu_encode(
 
 def gated_relu_encode(x: Tensor, w_gate: Tensor, w_up: Tensor, b_gate: Tensor | None, b_up: Tensor | None) -> Planes:
     """See `ops.gated_relu_encode`."""
-    gate, up = _linear(x, w_gate, b_gate), _linear(x, w_up, b_up)
+    step = chunk_tokens(x, len(w_gate))
+    gate, up = _linear(x, w_gate, b_gate, step), _linear(x, w_up, b_up, step)
 
     def compute(start: int, stop: int) -> Tensor:
         return torch.threshold_(gate(start, stop), 0.0, 0.0).mul_(up(start, stop))
 
-    return pack(x, len(x), len(w_gate), in_chunks(compute))
+    return pack(x, len(x), len(w_gate), in_chunks(compute, step))
 
 
 def linear_topk_encode(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, over_batch: bool) -> Planes:
@@ -91,7 +96,8 @@ def linear_topk_encode(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, o
     n_tokens, n_features = len(x), len(weight)
     if not 1 <= k <= n_features:
         raise ValueError(f"k must be 1 to {n_features}, got {k}")
-    linear = _linear(x, weight, bias)
+    step = chunk_tokens(x, n_features)
+    linear = _linear(x, weight, bias, step)
 
     def relu(start: int, stop: int) -> Tensor:
         return torch.threshold_(linear(start, stop), 0.0, 0.0)
@@ -101,8 +107,8 @@ def linear_topk_encode(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, o
         return h.masked_fill_(~_largest_of_rows(h, k), 0)
 
     if not over_batch:
-        return pack(x, n_tokens, n_features, in_chunks(largest), k * n_tokens)
-    at, values = _largest_of_all(relu, x, n_features, k * n_tokens)
+        return pack(x, n_tokens, n_features, in_chunks(largest, step), k * n_tokens)
+    at, values = _largest_of_all(relu, step, x, n_features, k * n_tokens)
 
     def selected(start: int, stop: int) -> Tensor:
         first, last = torch.searchsorted(at, at.new_tensor((start, stop)) * n_features).tolist()
@@ -110,11 +116,11 @@ def linear_topk_encode(x: Tensor, weight: Tensor, bias: Tensor | None, k: int, o
         h[at[first:last] - start * n_features] = values[first:last]
         return h.view(-1, n_features)
 
-    return pack(x, n_tokens, n_features, in_chunks(selected), k * n_tokens)
+    return pack(x, n_tokens, n_features, in_chunks(selected, step), k * n_tokens)
 
 
 def _floor(activation: str, threshold: Tensor | None, weight: Tensor) -> Tensor:
-    """What each feature must exceed to be stored, [n_columns * 256]: zero or, for JumpReLU, its threshold above that."""
+    """What each feature must exceed to be stored, [n_columns * 256]: zero, or for JumpReLU its threshold if above."""
     if activation not in ("relu", "relu2", "jumprelu"):
         raise ValueError(f"unknown activation {activation}")
     if (activation == "jumprelu") != (threshold is not None):
@@ -125,9 +131,12 @@ def _floor(activation: str, threshold: Tensor | None, weight: Tensor) -> Tensor:
     return floor
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Callable[[int, int], Tensor]:
-    """A function that gives x @ weight.T + bias of tokens [start, stop): in `out`, or until it is called again."""
-    scratch = None if out is not None else x.new_empty((min(chunk_tokens(x, len(weight)), len(x)), len(weight)))
+def _linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, step: int, out: Tensor | None = None
+) -> Callable[[int, int], Tensor]:
+    """A function that gives x @ weight.T + bias of tokens [start, stop), up to `step`: in `out`, or until it is called
+    again."""
+    scratch = None if out is not None else x.new_empty((min(step, len(x)), len(weight)))
 
     def linear(start: int, stop: int) -> Tensor:
         z = out[start:stop] if scratch is None else scratch[: stop - start]  # type: ignore[index]
@@ -149,7 +158,7 @@ def topk_encode(x: Tensor, k: int) -> Planes:
         rows = x[start:stop]
         return rows.masked_fill(~_largest_of_rows(rows.abs(), k), 0)
 
-    return pack(x, n_tokens, n_features, in_chunks(largest), k * n_tokens)
+    return pack(x, n_tokens, n_features, in_chunks(largest, chunk_tokens(x, n_features)), k * n_tokens)
 
 
 def row_sq_norm(x: Tensor) -> Tensor:
@@ -177,8 +186,11 @@ def _largest_of_rows(h: Tensor, k: int) -> Tensor:
     return above.logical_or_(equal)
 
 
-def _largest_of_all(h: Callable[[int, int], Tensor], like: Tensor, n_features: int, n: int) -> tuple[Tensor, Tensor]:
-    """The n largest positive values of a matrix whose tokens [start, stop) are h(start, stop), the first of equals.
+def _largest_of_all(
+    h: Callable[[int, int], Tensor], step: int, like: Tensor, n_features: int, n: int
+) -> tuple[Tensor, Tensor]:
+    """The n largest positive values of a matrix whose tokens [start, stop), up to `step`, are h(start, stop), the first
+    of equals.
 
     Returns:
         Where they are, token * n_features + feature, ascending; and the values.
@@ -186,7 +198,6 @@ def _largest_of_all(h: Callable[[int, int], Tensor], like: Tensor, n_features: i
     at = like.new_empty(0, dtype=torch.int64)
     values = like.new_empty(0)
     floor = torch.zeros((), dtype=torch.int64, device=like.device)  # what is no larger cannot enter
-    step = chunk_tokens(like, n_features)
     for start in range(0, len(like), step):
         found = h(start, min(start + step, len(like))).flatten()
         entering = (_ranks(found) > floor).nonzero().squeeze(1)
@@ -212,15 +223,14 @@ def chunk_tokens(like: Tensor, n_features: int, n_bytes: int | None = None) -> i
     return max(1, (n_bytes or CHUNK_BYTES) // row_bytes // ops.TILE_TOKENS) * ops.TILE_TOKENS
 
 
-def in_chunks(compute: Callable[[int, int], Tensor], threshold: Tensor | None = None) -> Fill:
-    """A function that packs compute(start, stop), tokens of a matrix, into the device form of tokens [begin, end).
+def in_chunks(compute: Callable[[int, int], Tensor], step: int, threshold: Tensor | None = None) -> Fill:
+    """A function that packs compute(start, stop), `step` tokens of a matrix, into the device form of [begin, end).
 
     Args:
         threshold: see `ops.encode_out`.
     """
 
     def fill(arena: ops.Arena, begin: int, end: int) -> None:
-        step = chunk_tokens(arena.values, arena.n_features)
         for start in range(begin, end, step):
             z = compute(start, min(start + step, end))
             ops.encode_out(z, arena, threshold=threshold, first_token=start - begin)

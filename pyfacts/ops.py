@@ -188,7 +188,7 @@ def encode_out(
             once, in any order.
         arena: where to. What does not fit is left out, and `canonicalise` complains.
         min_abs, signed_zero: see `pyfacts.encode`.
-        threshold: stores, instead, what exceeds its feature's, and NaN. [n_columns * 256] of x's dtype, none below zero.
+        threshold: what exceeds its feature's is stored instead, and NaN. [n_columns * 256], x's dtype, none negative.
         first_token: x's place.
     """
     torch.ops.pyfacts.encode_out(x, min_abs, signed_zero, threshold, first_token, arena.n_features, *arena.buffers)

@@ -35,6 +35,7 @@ def _device_form_on_the_cpu() -> None:
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 128 tokens, pieces of 256 or so, and products of 128: everything is joined."""
     monkeypatch.setattr(cuda, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(cuda, "CHUNK_TOKENS", 1)
     monkeypatch.setattr(cuda, "ARENA_BYTES", 1 << 18)
     monkeypatch.setattr(cuda, "DENSE_BYTES", 1)
 
