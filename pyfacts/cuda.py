@@ -33,7 +33,7 @@ whose every 2 bytes are 2 operations a token, and its tensor cores do 165 while 
 ARENA_BYTES = 4 << 30
 """Values that the device form can hold at once. A longer matrix is made in pieces, each of which waits for the GPU; and
 joining them takes 24 bytes a value, so that what is neither long nor wide should not come to it."""
-WIDE_ARENA_BYTES = 128 << 20
+WIDE_ARENA_BYTES = 64 << 20
 """The same for wide encoders: room for every value would be more than a tenth of their dense result."""
 DENSE_BYTES = 256 << 20
 """What is unpacked at a time for the gradient of `sparse_linear`."""

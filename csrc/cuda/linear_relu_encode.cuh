@@ -33,8 +33,8 @@
 namespace pyfacts::cuda {
 
 // From here on the ping-pong kernel gives way to the cooperative one. Not measured, but reckoned: at 512 the product of
-// a 128 x 256 tile takes 4.5 us at the tensor cores' peak, and packing it 2 to 3.5. A 64 x 256 tile hides its packing but
-// asks the second-level cache for half as many bytes again per product, more than it can give at that peak.
+// a 128 x 256 tile takes 4.5 us at the tensor cores' peak, and packing it 2 to 3.5. A 64 x 256 tile hides its packing
+// but asks the second-level cache for half as many bytes again per product, more than it can give at that peak.
 constexpr int64_t kCooperativeDIn = 512;
 
 // Two neighbouring features of one token, in the output's dtype.
