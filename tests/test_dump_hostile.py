@@ -333,6 +333,63 @@ class TestWhatIsWrongIsSaid:
             open_dump(golden, framework="numpy").verify()
         assert caught.value.tensor == tensor
 
+    @pytest.mark.parametrize("codec", ["none"])
+    @pytest.mark.parametrize(
+        ("tensor", "at", "value", "message"),
+        [
+            ("nnz", 7, struct.pack("<q", -1), "feature 7 cannot have -1 values in 20 tokens"),
+            ("nnz", 7, struct.pack("<q", 21), "feature 7 cannot have 21 values in 20 tokens"),
+            ("nnz", 7, struct.pack("<q", 19), "adds up to .* values, the commit record says"),
+            ("max", 9, struct.pack("<f", float("nan")), "feature 9 cannot have nan as its largest value"),
+        ],
+    )
+    def test_statistics_that_cannot_be(self, codec, golden, tensor, at, value, message):
+        """Noticed where they are read by themselves, which is not to read the values."""
+        forger = Forger(golden)
+        forger.tensors[f"feature/{tensor}"][len(value) * at : len(value) * (at + 1)] = value
+        forger.sign()
+        hook = open_dump(golden, framework="numpy")[forger.hook.name]
+        for read in (hook.feature_stats, lambda: hook.top_tokens(3)):
+            with pytest.raises(DumpError, match=f"feature/{tensor}.*: {message}"):
+                read()
+
+    @pytest.mark.parametrize("codec", ["none"])
+    @pytest.mark.parametrize(
+        ("column", "token", "value", "message"),
+        [
+            ("document", 0, -1, "document.*: -1"),
+            ("document", 3, 1, "document.*: 0"),
+            ("position", 0, -1, "position.*: -1"),
+            ("position", 4, 3, "position.*: 3"),
+            ("token_ids", 5, -1, "token_ids.*: -1"),
+            ("token_ids", 5, 50, "token_ids.*: 50"),
+        ],
+    )
+    def test_tokens_that_cannot_be(self, codec, golden, column, token, value, message):
+        """Tokens 0 to 5 are document 0, and ids are up to 49."""
+        path = next(golden.glob("00000-*")) / "tokens.safetensors"
+        data = bytearray(path.read_bytes())
+        file = TensorFile(Directory(golden).open(f"{path.parent.name}/{path.name}"))
+        info = file.tensors[column]
+        item = "<i" if info.dtype == "I32" else "<q"
+        struct.pack_into(item, data, file.offset(column, token * struct.calcsize(item)), value)
+        names = ("document", "position", "token_ids")
+        begins = [file.offset(name) for name in names]
+        digests = [xxh3(data[b : b + file.tensors[n].nbytes]) for n, b in zip(names, begins, strict=True)]
+        struct.pack_into("<3Q", data, file.offset("xxh3"), *digests)
+        path.write_bytes(data)
+        with pytest.raises(DumpError, match=rf"{message} cannot be that of the shard's token \d"):
+            open_dump(golden, framework="numpy").verify()
+
+    @pytest.mark.parametrize("codec", ["zstd"])
+    def test_a_negative_norm(self, codec, golden):
+        forger = Forger(golden)
+        forger.tensors["0/sq_norm"][:8] = struct.pack("<d", -1.0)
+        forger.tensors["0/sq_norm_xxh3"][:] = xxh3(forger.tensors["0/sq_norm"]).to_bytes(8, "little")
+        forger.sign()
+        with pytest.raises(DumpError, match="0/sq_norm.*: a norm is negative"):
+            open_dump(golden, framework="numpy").verify()
+
     def forged_plane(self, root: Path, plane: str, change) -> str:
         """Applies change(array) to a plane of block 0 (shard 1, hook 0: 13 tokens, columns of 256 and 44)."""
         forger = Forger(root, shard=1)
@@ -444,7 +501,9 @@ SAE = {"d_in": 8, "d_sae": 300, "config": {"k": 4}, "weights_xxh3": "0" * 32}
 
 class TestRecords:
     @pytest.mark.parametrize("codec", ["none"])
-    @pytest.mark.parametrize("name", ["../elsewhere", "/etc", "..", "", "a/b", "a\\b", "a\0b", 7, None, "x" * 5000])
+    @pytest.mark.parametrize(
+        "name", ["../elsewhere", "/etc", "..", "", "a/b", "a\\b", "a\0b", "\x1b[31m", 7, None, "x" * 5000]
+    )
     @pytest.mark.parametrize("field", ["directory", "tokens_file", "hook_files"])
     def test_names_stay_inside(self, codec, golden, name, field):
         forger = Forger(golden)
@@ -520,11 +579,16 @@ class TestRecords:
             (lambda p: p.update(hooks=[]), "hook"),
             (lambda p: p["hooks"].append(p["hooks"][0]), "twice"),
             (lambda p: p["hooks"][0].update(width=0), "width"),
+            (lambda p: p["hooks"][0].update(width=1 << 40), "width 1099511627776, not 1 to"),
+            (lambda p: p["hooks"][0].update(kind="x"), "kind 'x'; this pyfacts reads neurons, rows"),
+            (lambda p: p["hooks"][0].update(note=1), r"'hooks\[0\].note' is 1, where this format has no such key"),
+            (lambda p: p.update(note="x"), "'note' is 'x', where this format has no such key"),
+            (lambda p: p.update(version=True), "'version' is True, where this format has 1"),
             (lambda p: p["hooks"][0].update(dtype="int8"), "int8"),
             (lambda p: p["shards"].update(tokens=[0, 5, 5]), "ascend"),
             (lambda p: p["shards"].update(tokens=[0, 1, 2, 3]), "different numbers"),
             (lambda p: p.update(signed_zero=1), "signed_zero"),
-            (lambda p: p.pop("select"), "select"),
+            (lambda p: p.pop("select"), "'select' is missing"),
             (lambda p: p.update(saes=None), "'saes'"),
             (lambda p: p.update(saes={}), "'saes'"),
             (lambda p: p.update(saes={"blocks.7.hook_resid_pre.hook_sae_acts_post": SAE}), "encoded hooks"),
@@ -568,6 +632,26 @@ class TestRecords:
             with pytest.raises(DumpError, match=name):
                 open_dump(golden)
             (golden / name).write_bytes(original)
+
+    @pytest.mark.parametrize("codec", ["zstd"])
+    def test_features_are_bounded_by_the_hooks_file(self, codec, golden):
+        value = json.loads((golden / "dump.json").read_text())
+        value["hooks"][0]["width"] = (1 << 31) - 1
+        value["xxh3"] = plan_module._digest({k: v for k, v in value.items() if k != "xxh3"})
+        (golden / "dump.json").write_text(json.dumps(value))
+        for shard in (0, 1):
+            forger = Forger(golden, shard=shard)
+            forger.record["plan_xxh3"] = value["xxh3"]
+            forger.sign_record()
+        import tracemalloc
+
+        tracemalloc.start()
+        hook = open_dump(golden, framework="numpy")[make.HOOKS[0].name]
+        for read in (hook.feature_stats, lambda: hook[0:10], lambda: hook.neuron(0), lambda: hook.top_tokens(0)):
+            with pytest.raises(DumpError, match="n_features = '300', plan and commit record say '2147483647'"):
+                read()
+        assert tracemalloc.get_traced_memory()[1] < 10e6
+        tracemalloc.stop()
 
     @pytest.mark.parametrize("codec", ["zstd"])
     def test_tokens_are_bounded_by_the_tokens_file(self, codec, golden):

@@ -56,7 +56,8 @@ class Zstd:
         try:
             claimed = zstandard.frame_content_size(stored)
             if claimed != n_bytes:
-                raise CodecError(f"the frame holds {claimed} bytes, expected {n_bytes}")
+                holds = "does not say how many bytes it holds" if claimed < 0 else f"holds {claimed} bytes"
+                raise CodecError(f"the frame {holds}, expected {n_bytes}")
             data = zstandard.ZstdDecompressor().decompress(stored, allow_extra_data=False)
         except zstandard.ZstdError as error:
             raise CodecError(str(error)) from error

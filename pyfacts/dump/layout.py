@@ -11,6 +11,7 @@ MIN_BLOCK_TOKENS = 4096  # a block has this many or more, but for a shard's last
 CLOSED_BLOCK_TOKENS = 16384  # enough for any block
 FULL_COLUMN_VALUES = 2048  # values that are worth a column's pointers, checksum and frames
 MAX_BLOCK_TOKENS = 2**31 - 1
+MAX_WIDTH = 2**31 - 1
 MAX_SHARD_TOKENS = 2**28  # whose blocks a header of the safetensors library still has room for
 COLUMN_WIDTH = 256
 CODECS = ("none", "zstd", "split")

@@ -102,7 +102,7 @@ class Plan:
         if value.get("format") != "pyfacts-dump":
             fail(f"'format' is {value.get('format')!r}, expected 'pyfacts-dump'")
         if value.get("version") != layout.FORMAT_VERSION:
-            fail(f"format version {value.get('version')!r}; this pyfacts reads version {layout.FORMAT_VERSION}")
+            fail(f"format version {value.get('version')!r:.40}; this pyfacts reads version {layout.FORMAT_VERSION}")
         _check_digest(value, fail)
         _check_keys(value, _PLAN_TYPES, fail)
         hooks = tuple(_parse_hook(entry, fail) for entry in value["hooks"])
@@ -114,7 +114,7 @@ class Plan:
         bounds = {key: _parse_bounds(value["shards"].get(key), key, fail) for key in ("sequences", "tokens")}
         if len(bounds["sequences"]) != len(bounds["tokens"]):
             fail("'shards' has boundaries of different numbers of shards")
-        return Plan(
+        plan = Plan(
             model=value["model"],
             tokens=value["tokens"],
             hooks=hooks,
@@ -128,6 +128,9 @@ class Plan:
             saes=saes,
             created_with=value["created_with"],
         )
+        for name, known, there in _differences("", plan.to_dict(), value):
+            fail(f"{name!r:.80} is {there!r:.80}, where this format has {'no such key' if known is None else known}")
+        return plan
 
     def difference(self, other: "Plan") -> tuple[str, Any, Any] | None:
         """Returns the first field in which the plans differ, with both values.
@@ -325,9 +328,11 @@ _RECORD_TYPES: dict[str, tuple[type, ...]] = {
 
 def _check_keys(value: dict[str, Any], types: dict[str, tuple[type, ...]], fail: Callable[[str], NoReturn]) -> None:
     for key, allowed in types.items():
-        if key not in value or type(value[key]) not in allowed:
+        if key not in value:
+            fail(f"{key!r} is missing")
+        if type(value[key]) not in allowed:
             names = " or ".join("null" if kind is type(None) else kind.__name__ for kind in allowed)
-            fail(f"{key!r} must be a JSON value of type {names}, got {value.get(key)!r:.80}")
+            fail(f"{key!r} must be a JSON value of type {names}, got {value[key]!r:.80}")
 
 
 def _parse(data: bytes, path: str) -> tuple[dict[str, Any], Callable[[str], NoReturn]]:
@@ -343,9 +348,12 @@ def _parse_hook(entry: Any, fail: Callable[[str], NoReturn]) -> HookSpec:
     keys = ("name", "module_path", "side", "kind", "dtype")
     if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in keys):
         fail(f"a hook must have the strings {', '.join(keys)}, got {entry!r:.200}")
+    for key, known in (("kind", layout.KINDS), ("dtype", layout.ITEM_BYTES)):
+        if entry[key] not in known:
+            fail(f"hook {entry['name']!r} has {key} {entry[key]!r:.80}; this pyfacts reads {', '.join(known)}")
     width: Any = entry.get("width")
-    if entry["kind"] not in layout.KINDS or entry["dtype"] not in layout.ITEM_BYTES or not is_size(width) or width < 1:
-        fail(f"hook {entry['name']!r} has kind {entry['kind']!r}, dtype {entry['dtype']!r}, width {width!r}")
+    if not is_size(width) or not 1 <= width <= layout.MAX_WIDTH:
+        fail(f"hook {entry['name']!r} has width {width!r:.80}, not 1 to {layout.MAX_WIDTH}")
     return HookSpec(entry["name"], entry["module_path"], entry["side"], width, entry["kind"], entry["dtype"])
 
 
@@ -384,8 +392,8 @@ def _parse_file(entry: Any, fail: Callable[[str], NoReturn]) -> FileRecord:
 
 
 def _plain_name(name: Any, fail: Callable[[str], NoReturn]) -> str:
-    """A name that stays in its directory."""
-    if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\\0"):
+    """A name that stays in its directory, and can be shown."""
+    if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\") or not name.isprintable():
         fail(f"{name!r:.200} is no plain name: paths may not lead out of the dump")
     return name
 

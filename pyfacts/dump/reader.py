@@ -24,7 +24,7 @@ from .errors import DumpError
 from .layout import COLUMN_WIDTH, HookSpec
 from .plan import PLAN_FILE, Plan, ShardRecord
 from .results import Context, FeatureStats, VerifyReport
-from .shard_reader import HookFile, TokensFile, block_starts, verify_hook_file
+from .shard_reader import HookFile, TokensFile, block_starts, verify_hook_file, verify_tokens_file
 from .statistics import new_statistics
 from .store import Store, open_store
 
@@ -218,7 +218,7 @@ class Dump:
         )
 
     def verify(self) -> VerifyReport:
-        """Reads every committed byte and checks it: headers, checksums, canonical form, statistics, token ranges.
+        """Reads every committed byte and checks it: headers, checksums, canonical form, statistics, order of tokens.
 
         Returns:
             What was read, all of it right; look at `complete` too.
@@ -227,9 +227,9 @@ class Dump:
             DumpError: at the first fault, naming file, tensor and offset.
         """
         for record in self._records.values():
-            TokensFile(self._store, record).read()
+            verify_tokens_file(TokensFile(self._store, record), self._plan.tokens.get("highest_id"))
             for spec in self._plan.hooks:
-                verify_hook_file(HookFile(self._store, self._plan, record, spec), record.nnz.get(spec.name, 0))
+                verify_hook_file(HookFile(self._store, self._plan, record, spec))
         return VerifyReport(
             complete=self.complete,
             n_shards=len(self._records),
@@ -443,8 +443,11 @@ class DumpedHook:
     def feature_stats(self) -> FeatureStats:
         """Returns the statistics of every feature over the committed tokens; no activation is read."""
         self._neurons_only()
+        shards = list(self._dump._records)
+        for shard in shards[:1]:
+            self._file(shard)  # proves the width before anything is allocated for it
         nnz, total, total_sq, maximum = new_statistics(self.width)
-        for shard in self._dump._records:
+        for shard in shards:
             stats = self._file(shard).statistics()
             nnz += stats.nnz
             with np.errstate(invalid="ignore", over="ignore"):  # inf - inf is NaN

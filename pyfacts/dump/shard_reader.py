@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from .. import _storage
 from . import layout
 from .arrays import BITS
 from .codec import CodecError, Split, codec_of
-from .container import NUMPY_DTYPES, SAFETENSORS_ITEM_BYTES, TensorFile
+from .container import NUMPY_DTYPES, SAFETENSORS_ITEM_BYTES, TensorFile, is_size
 from .digest import xxh3
 from .errors import DumpError
 from .layout import PLANES, HookSpec, TensorSpec
@@ -32,6 +32,7 @@ class HookFile:
     def __init__(self, store: Store, plan: Plan, record: ShardRecord, hook: HookSpec) -> None:
         entry = record.hook_files[hook.name]
         self.hook, self.blocks = hook, record.blocks
+        self._n_tokens, self._nnz = record.n_tokens, record.nnz.get(hook.name, 0)
         self._codec, self._signed_zero = codec_of(plan.codec), plan.signed_zero
         self._lossy = plan.lossy and hook.kind == "neurons"
         source = store.open(f"{record.directory}/{entry.file}")
@@ -88,8 +89,31 @@ class HookFile:
                     with self._located(name, 0):
                         data = memoryview(self._codec.unpack(data, self.hook.width * item, item))
                 arrays.append(np.frombuffer(data, NUMPY_DTYPES[dtype]).copy())
-            self._statistics = Statistics(*arrays)
+            self._statistics = self._plausible(Statistics(*arrays))
         return self._statistics
+
+    def _plausible(self, stats: Statistics) -> Statistics:
+        """The statistics, which no value has been compared with: verify() does that."""
+        for name, bad, what in (
+            ("feature/nnz", (stats.nnz < 0) | (stats.nnz > self._n_tokens), f"values in {self._n_tokens} tokens"),
+            ("feature/max", np.isnan(stats.max), "as its largest value"),
+        ):
+            if bad.any():
+                feature, array = int(bad.argmax()), getattr(stats, name.partition("/")[2])
+                raise DumpError(
+                    f"feature {feature} cannot have {array[feature]} {what}",
+                    path=self._file.path,
+                    tensor=name,
+                    offset=self._file.offset(name),
+                )
+        if (nnz := int(stats.nnz.sum())) != self._nnz:
+            raise DumpError(
+                f"adds up to {nnz} values, the commit record says {self._nnz}",
+                path=self._file.path,
+                tensor="feature/nnz",
+                offset=self._file.offset("feature/nnz"),
+            )
+        return stats
 
     def _columns(self, block: int, begin: int, end: int, n_features: int) -> "_storage.Encoding":
         """Columns [begin, end) of a block, which hold n_features."""
@@ -183,7 +207,9 @@ class HookFile:
         bad |= stored != lengths if self._codec is None else (stored == 0) != (lengths == 0)
         if bad.any():
             row = int(bad.any(1).argmax())
-            fail("column_length", row, f"{lengths[row].tolist()} bytes cannot be, for {n_tokens} tokens")
+            p = int(bad[row].argmax())
+            held = f"{stored[row, p]} stored bytes of {PLANES[p]} for {lengths[row, p]}"
+            fail("column_length", row, f"{held} cannot be, of {n_tokens} tokens at most {limits[row, p]}")
         self._pointers[block] = starts, lengths, digests
         return self._pointers[block]
 
@@ -244,8 +270,30 @@ class TokensFile:
         return arrays[0], arrays[1], arrays[2]
 
 
-def verify_hook_file(file: HookFile, nnz: int) -> None:
-    """Reads everything and compares the statistics and `nnz` of the record with the values; DumpError."""
+def verify_tokens_file(file: TokensFile, highest_id: Any) -> None:
+    """Reads everything, checks that tokens ascend by document and position and that their ids can be; DumpError."""
+    document, position, token_ids = file.read()
+    highest = highest_id if is_size(highest_id) else 2**63 - 1
+    document_before, position_before = (np.append(-1, array[:-1]) for array in (document, position))
+    repeats = (document == document_before) & (position <= position_before)
+    for name, array, bad in (
+        ("document", document, (document < 0) | (document < document_before)),
+        ("position", position, (position < 0) | repeats),
+        ("token_ids", token_ids, (token_ids < 0) | (token_ids > highest)),
+    ):
+        if bad.any():
+            token = int(bad.argmax())
+            raise DumpError(
+                f"{array[token]} cannot be that of the shard's token {token}: documents and positions ascend, and ids "
+                f"are 0 to {highest}",
+                path=file._file.path,
+                tensor=name,
+                offset=file._file.offset(name),
+            )
+
+
+def verify_hook_file(file: HookFile) -> None:
+    """Reads everything and compares the statistics and norms with the values; DumpError."""
     file._file.check_padding()
     if file.hook.kind == "rows":
         for block in range(len(file.blocks)):
@@ -254,7 +302,9 @@ def verify_hook_file(file: HookFile, nnz: int) -> None:
     actual = new_statistics(file.hook.width)
     for block in range(len(file.blocks)):
         file.encoding(block).add_feature_stats(*actual)
-        file.sq_norm(block)
+        norms = file.sq_norm(block)
+        if norms is not None and (norms < 0).any():
+            raise DumpError("a norm is negative", path=file._file.path, tensor=f"{block}/sq_norm")
     for (name, _), stored, computed in zip(layout.STATISTICS, file.statistics(), actual, strict=True):
         same = (stored == computed) | (np.isnan(stored) & np.isnan(computed))
         if not same.all():
@@ -265,8 +315,6 @@ def verify_hook_file(file: HookFile, nnz: int) -> None:
                 tensor=name,
                 offset=file._file.offset(name),
             )
-    if int(actual.nnz.sum()) != nnz:
-        raise DumpError(f"holds {actual.nnz.sum()} values, its commit record says {nnz}", path=file._file.path)
 
 
 def block_starts(blocks: tuple[int, ...]) -> list[int]:
