@@ -24,13 +24,14 @@ from .wording import some
 Values: TypeAlias = Tensor | Sequence[float] | np.ndarray
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Ablation:
-    """What an `ablate` that is open sets at a module."""
+    """What an `ablate` that is open sets at a module, and whether a forward has come there since."""
 
     side: str
     features: Tensor
     value: float | Tensor
+    reached: bool = False
 
     def values(self) -> Tensor:
         """float64 [n_features] on the CPU."""
@@ -45,6 +46,13 @@ _open: weakref.WeakKeyDictionary[nn.Module, list[Ablation]] = weakref.WeakKeyDic
 def open_ablations(model: nn.Module) -> dict[str, list[Ablation]]:
     """What is set in a model now, by the path of the module, in the order in which it is set."""
     return {path: list(_open[module]) for path, module in model.named_modules() if _open.get(module)}
+
+
+def excuse_ablations(model: nn.Module) -> None:
+    """Of a model that need not run at all: no ablation that is open now has to be reached."""
+    for ablations in open_ablations(model).values():
+        for ablation in ablations:
+            ablation.reached = True
 
 
 class ablate(contextlib.ContextDecorator):
@@ -102,26 +110,25 @@ class ablate(contextlib.ContextDecorator):
             features = _features(point, indices[point.name])
             ablation = Ablation(point.side, features, _values(point, features, values[point.name]))
             self._settings.append((point, names.model.get_submodule(point.module_path), ablation))
-        # For each time that it is open: what closes it, and the hooks that no forward has reached yet.
-        self._entered: list[tuple[contextlib.ExitStack, set[str]]] = []
+        self._entered: list[contextlib.ExitStack] = []  # what closes it, for each time that it is open
 
     def __enter__(self) -> None:
-        silent = {point.name for point, _, _ in self._settings}
         with contextlib.ExitStack() as exit_stack:
             exit_stack.enter_context(eager())
             for point, module, ablation in self._settings:
-                exit_stack.callback(add_hook(module, point.side, _setter(point, ablation, silent)))
+                ablation.reached = False
+                exit_stack.callback(add_hook(module, point.side, _setter(point, ablation)))
                 _open.setdefault(module, []).append(ablation)
                 exit_stack.callback(_open[module].remove, ablation)
-            self._entered.append((exit_stack.pop_all(), silent))
+            self._entered.append(exit_stack.pop_all())
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        exit_stack, silent = self._entered.pop()
-        exit_stack.close()
+        self._entered.pop().close()
+        silent = [point.name for point, _, ablation in self._settings if not ablation.reached]
         if silent and exc_type is None:
-            raise never_fired(sorted(silent))
+            raise never_fired(silent)
 
 
 def _features(point: HookPoint, indices: Iterable[int] | Tensor) -> Tensor:
@@ -168,12 +175,12 @@ def _check_range(name: str, features: list[int], width: int | None) -> None:
         raise ValueError(f"{name}: feature index {wrong[0]} is out of range, expected {known}")
 
 
-def _setter(point: HookPoint, ablation: Ablation, silent: set[str]) -> Callable[[Any], Tensor]:
+def _setter(point: HookPoint, ablation: Ablation) -> Callable[[Any], Tensor]:
     features, value = ablation.features, ablation.value
     largest = max((abs(v) for v in ablation.values().tolist() if math.isfinite(v)), default=0.0)
 
     def set_features(x: Any) -> Tensor:
-        silent.discard(point.name)
+        ablation.reached = True
         if not isinstance(x, Tensor) or x.is_nested:
             what = "a nested tensor" if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"{point.name}: {point.module_path} is handed {what}, not a tensor with a row per token")

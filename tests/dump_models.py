@@ -108,6 +108,16 @@ def resume(out: Path, **changes: object):
     return dump(TinyModel(), tokens(N_SEQUENCES), out, **ARGUMENTS | changes)
 
 
+def raise_at(tokens_done: int, error: BaseException | type[BaseException]):
+    """What `progress` may be, to end a dump there."""
+
+    def progress(now) -> None:
+        if now.tokens_done >= tokens_done:
+            raise error
+
+    return progress
+
+
 KILL_POINTS = ("first batch", "mid shard", "before the headers", "before the link", "after the link")
 _KILL_TOKENS = {"first batch": 1, "mid shard": 5000 + 3000}
 

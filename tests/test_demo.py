@@ -5,10 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
 
 import pyfacts
 from pyfacts.demo import common, corpus, facts, text
+from pyfacts.dump.run import dump
 
 HOOK = facts.HOOK
 
@@ -170,6 +172,53 @@ def test_text_demo_dumps_every_token(tmp_path: Path) -> None:
     text.write_corpus(tmp_path / "corpus.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "corpus.jsonl").read_text().splitlines()]
     assert {line["topic"]: line["text"] for line in lines} == topics
+
+
+@pytest.fixture
+def dumped(tmp_path):
+    model = tiny_models.opt()
+    with torch.no_grad():
+        model.model.decoder.layers[0].fc1.bias[3] = 10
+    ids = torch.randint(2, 40, (6, 9), generator=torch.Generator().manual_seed(0))
+    return model, dump(model, ids, tmp_path / "out", batch_size=4, allow_dense=True), list(ids)
+
+
+def test_the_proof_is_bit_for_bit_and_of_every_token(dumped):
+    model, d, ids = dumped
+    common.verify_round_trip(model, d, ids, 4)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    with pytest.raises(RuntimeError, match="54 tokens, 36 were compared"):
+        common.verify_round_trip(model, d, ids[:4], 4)
+    bias = model.model.decoder.layers[0].fc1.bias
+    with torch.no_grad():
+        bias[3] = torch.nextafter(bias[3], bias[3] + 1)
+    with pytest.raises(RuntimeError, match="differs from plain PyTorch hooks"):
+        common.verify_round_trip(model, d, ids, 4)
+
+
+def test_the_proof_reads_every_checksum(dumped):
+    model, d, ids = dumped
+    (path,) = d.path.rglob("tokens.safetensors")
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(pyfacts.DumpError):
+        common.verify_round_trip(model, pyfacts.open_dump(d.path), ids, 4)
+
+
+def test_a_broken_off_training_with_other_settings(tmp_path):
+    """Does not leave its model under the settings of the one before."""
+
+    def break_off(path: Path) -> None:
+        path.mkdir()
+        raise KeyboardInterrupt
+
+    made = []
+    common.checkpoint(tmp_path, {"seed": 0}, Path.mkdir)
+    with pytest.raises(KeyboardInterrupt):
+        common.checkpoint(tmp_path, {"seed": 1}, break_off)
+    common.checkpoint(tmp_path, {"seed": 0}, lambda path: made.append(path))
+    assert made
 
 
 @pytest.mark.slow

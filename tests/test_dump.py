@@ -16,8 +16,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dump_models import CONTEXT, HOOKS, WIDTH, TinyModel, committed_bytes, hooked, one_thread, tokens  # noqa: F401  one_thread is a fixture
+from dump_models import (  # noqa: F401
+    CONTEXT,
+    HOOKS,
+    VOCAB,
+    WIDTH,
+    TinyModel,
+    committed_bytes,
+    hooked,
+    one_thread,
+    raise_at,
+    resume,
+    tokens,
+)
 from safetensors import safe_open
+from tiny_models import opt
 from torch import nn
 
 import pyfacts
@@ -579,3 +592,59 @@ def test_open_what_is_no_dump(tmp_path):
         open_dump(Path("nowhere"))
     with pytest.raises(ValueError, match="framework"):
         open_dump(tmp_path, framework="jax")
+
+
+def test_a_hook_called_tokens(tmp_path):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.tokens = nn.Embedding(64, 4), nn.Linear(4, 4)
+
+        def forward(self, ids):
+            return self.tokens(self.embed(ids))
+
+    d = dump(Named(), tokens(4), tmp_path, "tokens", allow_dense=True)
+    assert d["tokens"].nnz and torch.equal(d.token_ids[:], tokens(4).reshape(-1))
+    d.verify()
+
+
+@pytest.mark.parametrize("highest", [2**31 - 1, 2**31, 2**40])
+def test_token_ids_beyond_32_bits(highest, tmp_path):
+    class Hashed(TinyModel):
+        def forward(self, ids):
+            return super().forward(ids % VOCAB)
+
+    ids = tokens(4)
+    ids[1, 3] = highest
+    d = dump(Hashed(), ids, tmp_path, names_filter=HOOKS)
+    assert torch.equal(d.token_ids[:], ids.reshape(-1))
+    d.verify()
+
+
+def test_a_dropped_share_of_what_is_not_finite(tmp_path):
+    class Infinite(TinyModel):
+        def forward(self, ids):
+            self.layers[0].down(torch.full((*ids.shape, 300), torch.inf, dtype=torch.bfloat16))
+
+    d = dump(Infinite(), tokens(4), tmp_path, HOOKS[0], select=topk(2))
+    assert np.isnan(d[HOOKS[0]].dropped_share) and np.isnan(d[HOOKS[0]][:].dropped_share)
+
+
+def test_the_density_of_what_is_committed(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        resume(tmp_path, rank=1, world_size=2, progress=raise_at(5120 + 1, KeyboardInterrupt))
+    hook = open_dump(tmp_path)[HOOKS[0]]
+    assert hook.density == pytest.approx(hook[5120:10240].density)
+
+
+def test_no_cache_is_kept(tmp_path):
+    model, seen = opt(), []
+    model.register_forward_pre_hook(lambda m, a, kw: seen.append(kw.get("use_cache")), with_kwargs=True)
+    dump(model, [[5] * 7], tmp_path, allow_dense=True)
+    assert seen == [False]
+
+
+def test_a_model_by_its_name_keeps_its_dtype(tmp_path):
+    opt().bfloat16().save_pretrained(tmp_path / "model")
+    d = dump(tmp_path / "model", [[5] * 7], tmp_path / "out", allow_dense=True)
+    assert d.plan["model"]["dtype"] == "bfloat16"

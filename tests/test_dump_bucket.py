@@ -17,8 +17,8 @@ import torch
 from dump_models import ARGUMENTS, HOOKS, N_SEQUENCES, TinyModel, committed_bytes, one_thread, tokens  # noqa: F401
 from moto.server import ThreadedMotoServer
 
-from pyfacts.dump import DumpError, DumpInterrupted, open_dump
-from pyfacts.dump.bucket import Bucket
+from pyfacts.dump import DumpError, DumpInterrupted, bucket, open_dump
+from pyfacts.dump.bucket import Bucket, RemoteFile
 from pyfacts.dump.run import dump
 from pyfacts.dump.store import Directory, open_store
 
@@ -323,3 +323,50 @@ def test_worker_processes_read_it(address, method):
 def first_tokens(dumps):
     dumps[0][HOOKS[0]][5000:9000]
     return dumps[0].token_ids[:3].tolist()
+
+
+def test_what_another_process_stores_is_seen(address):
+    """fsspec would remember the first listing."""
+    store = open_store(address)
+    other = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
+    other.pipe_file(f"{address}/dump.json", b"x")
+    assert store.names() == {"dump.json"}
+    other.pipe_file(f"{address}/00000.json", b"x")
+    assert store.names() == {"dump.json", "00000.json"} and store.exists("00000.json")
+
+
+class Served:
+    """A bucket of one file, or of its first bytes."""
+
+    def __init__(self, data, cut=None):
+        self.data, self.cut = data, cut
+
+    def where(self, name):
+        return name
+
+    def fetch(self, name, begin, end):
+        return self.data[begin:end][: self.cut]
+
+
+def test_ranges_in_and_across_what_is_kept(monkeypatch):
+    monkeypatch.setattr(bucket, "READ_AHEAD_BYTES", 16)
+    data = bytes(range(100))
+    file = RemoteFile(Served(data), "x", len(data))
+    for begin, end in ((0, 4), (4, 16), (10, 20), (12, 26), (0, 3), (50, 90), (52, 60), (98, 100), (99, 100), (7, 7)):
+        assert bytes(file.read(begin, end)) == data[begin:end]
+
+
+def test_an_answer_that_is_cut():
+    with pytest.raises(DumpError, match="3 of 100 bytes came"):
+        RemoteFile(Served(bytes(100), cut=3), "x", 100).read(0, 50)
+
+
+def test_where_names_can_be_created_twice_a_loser_leaves_its_files(tmp_path, monkeypatch):
+    """The record that stands in the end may be ours after all."""
+    store = Bucket("memory://dumps/loser")
+    directory = tmp_path / "00000-0123456789ab"
+    directory.mkdir()
+    (directory / "tokens.safetensors").write_bytes(b"x")
+    monkeypatch.setattr(Bucket, "create", lambda self, name, data: False)
+    assert not store.creates_once and not store.commit(directory, ["tokens.safetensors"], "00000.json", b"{}")
+    assert store.exists(f"{directory.name}/tokens.safetensors") and not directory.exists()

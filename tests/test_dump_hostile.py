@@ -13,7 +13,7 @@ import pytest
 import tiny_models as tiny
 import xxhash
 import zstandard
-from dump_models import HOOKS, TinyModel, tokens
+from dump_models import HOOKS, TinyModel, resume, tokens
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_dump_golden import GOLDEN, make
@@ -674,6 +674,15 @@ class TestRecords:
                 read()
         assert tracemalloc.get_traced_memory()[1] < 10e6
         tracemalloc.stop()
+
+
+def test_a_neighbour_of_a_longer_name_is_not_inside(tmp_path):
+    resume(tmp_path / "out")
+    (tmp_path / "out-of-reach").mkdir()
+    (tmp_path / "out/00000.json").rename(tmp_path / "out-of-reach/record")
+    (tmp_path / "out/00000.json").symlink_to(tmp_path / "out-of-reach/record")
+    with pytest.raises(DumpError, match="out of the dump"):
+        open_dump(tmp_path / "out")
 
 
 def test_nothing_is_unpickled():

@@ -570,3 +570,19 @@ class TestBadInput:
             dump(t5(), [[1, 2]], tmp_path / "out")
         d = dump(t5(), [[1, 2]], tmp_path / "out", names_filter=lambda name: name == "encoder_blocks.0.mlp.hook_post")
         assert d.n_tokens == 2
+
+
+def test_lists_of_ids_are_not_cut_unasked(tmp_path):
+    """As arrays are not; text alone is cut to what the model takes."""
+    with pytest.raises(ValueError, match="70 tokens, and the model takes 64 positions"):
+        dump(opt(), [[5] * 70], tmp_path / "out", allow_dense=True)
+
+
+def test_padding_in_parquet(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"input_ids": [[5, 6, 0], [7, 0, 0]], "attention_mask": [[1, 1, 0], [1, 0, 0]]})
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    source = read_tokens(tmp_path / "x.parquet", Directory(tmp_path), load_tokenizer=pytest.fail)
+    assert source.ids.tolist() == [5, 6, 7]

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import dump_models
@@ -25,26 +26,17 @@ from dump_models import (  # noqa: F401
     committed_bytes,
     hooked,
     one_thread,
+    raise_at,
     resume,
     tokens,
 )
-from torch import nn
 
 import pyfacts
 from pyfacts.capture import DENSE_ABOVE
-from pyfacts.dump import DumpError, DumpInterrupted, arguments, open_dump, shard_writer, worker
-from pyfacts.dump.fingerprint import weights_xxh3
+from pyfacts.dump import DumpError, DumpInterrupted, arguments, files, open_dump, shard_writer, worker
 from pyfacts.dump.run import dump
 from pyfacts.dump.store import Directory
 from pyfacts.select import topk
-
-
-def raise_at(tokens_done, error):
-    def progress(now):
-        if now.tokens_done >= tokens_done:
-            raise error
-
-    return progress
 
 
 def names(root: Path) -> list[str]:
@@ -148,6 +140,82 @@ def test_a_committed_shard_that_is_gone(damage, undisturbed, tmp_path):
     record.unlink()
     resume(tmp_path)
     assert committed_bytes(tmp_path) == undisturbed
+
+
+def test_a_dump_that_fails_gives_the_models_mode_back(tmp_path):
+    model = TinyModel().train()
+    model.layers[1].eval()
+    before = [module.training for module in model.modules()]
+    with pytest.raises(KeyboardInterrupt):
+        dump(model, tokens(40), tmp_path, **ARGUMENTS, progress=raise_at(1, KeyboardInterrupt))
+    assert [module.training for module in model.modules()] == before
+
+
+def test_a_dump_in_another_thread(undisturbed, tmp_path):
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(resume, tmp_path).result().complete
+    assert committed_bytes(tmp_path) == undisturbed
+
+
+def test_drafts_of_killed_processes_go(undisturbed, tmp_path):
+    out = tmp_path / "a" / "b"
+    with pytest.raises(KeyboardInterrupt):
+        resume(out, progress=raise_at(1, KeyboardInterrupt))
+    for name in (".dump.json-0123456789ab", ".probe-0123456789ab"):
+        (out / name).write_bytes(b"x")
+    resume(out)
+    assert committed_bytes(out) == undisturbed
+
+
+def test_what_a_record_names_is_on_the_disk_before_it(tmp_path, monkeypatch):
+    """Files, then their names, then the record; a power cut leaves no record of what is not there."""
+    done, fsync, link = [], os.fsync, os.link
+
+    def recorded_fsync(fd):
+        fsync(fd)
+        path = os.readlink(f"/proc/self/fd/{fd}")
+        done.append(path)
+        if path.endswith(".json"):
+            assert json.loads(open(path).read())
+        elif os.path.isfile(path) and ".probe-" not in path:
+            assert open(path, "rb").read(8) != bytes(8)  # the header, which is written last
+
+    def recorded_link(source, target):
+        if str(target).endswith("00000.json"):
+            directory = os.path.dirname(source)
+            written = {os.path.join(directory, name) for name in os.listdir(directory)}
+            flushed = {path.removesuffix(".tmp") for path in done}
+            assert written <= flushed and {directory, str(tmp_path)} <= set(done[-2:])
+            done.append("link")
+        link(source, target)
+
+    monkeypatch.setattr(os, "fsync", recorded_fsync)
+    monkeypatch.setattr(os, "link", recorded_link)
+    resume(tmp_path)
+    assert done[done.index("link") + 1] == str(tmp_path)
+
+
+def test_without_hard_links_the_first_stays(tmp_path):
+    for name in ("first", "second"):
+        (tmp_path / name).write_text(name)
+    target = tmp_path / "00000.json"
+    assert files.put_if_absent(tmp_path / "first", target, use_links=False)
+    assert not files.put_if_absent(tmp_path / "second", target, use_links=False)
+    assert target.read_text() == "first" and list(tmp_path.iterdir()) == [target]
+
+
+def test_a_shard_whose_files_cannot_be_opened_leaves_nothing(tmp_path, monkeypatch):
+    opened = shard_writer.TensorWriter.__init__
+
+    def refused(self, path, header_bytes):
+        if path.name.startswith(HOOKS[1]):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        opened(self, path, header_bytes)
+
+    monkeypatch.setattr(shard_writer.TensorWriter, "__init__", refused)
+    with pytest.raises(DumpError, match="raise `ulimit -n`"):
+        resume(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["dump.json"]
 
 
 class TestDisk:
@@ -358,72 +426,6 @@ class TestBesideTheForwards:
         with pytest.raises(ValueError, match="LOCAL_WORLD_SIZE must be an integer, got 'many'"):
             resume(tmp_path / "out")
         assert not (tmp_path / "out").exists()
-
-
-class TestAnotherDumpInTheDirectory:
-    @pytest.mark.parametrize(
-        ("changes", "field"),
-        [
-            ({"codec": "none"}, "codec"),
-            ({"batch_size": 4}, "batch_size"),
-            ({"shard_tokens": 4999}, "shard"),
-            ({"select": topk(3)}, "select"),
-            ({"token_mask": torch.arange(CONTEXT).expand(N_SEQUENCES, CONTEXT) > 0}, "tokens"),
-        ],
-    )
-    def test_arguments(self, changes, field, tmp_path):
-        with pytest.raises(KeyboardInterrupt):
-            resume(tmp_path, progress=raise_at(1, KeyboardInterrupt))
-        with pytest.raises(DumpError, match=rf"another dump: {field}\S* is .* there and .* here; .*resume"):
-            resume(tmp_path, **changes)
-
-    def test_hooks(self, tmp_path):
-        with pytest.raises(KeyboardInterrupt):
-            resume(tmp_path, progress=raise_at(1, KeyboardInterrupt))
-        for hooks, message in (
-            (HOOKS[:1], "of its hooks layers.1.down are missing here, and none are new;"),
-            ([*HOOKS, "layers.0.up"], "of its hooks none are missing here, and layers.0.up are new;"),
-            ([HOOKS[0], "layers.0.up"], r"hooks\[\d\]"),
-        ):
-            with pytest.raises(DumpError, match=f"another dump: {message}.*resume"):
-                resume(tmp_path, names_filter=hooks)
-
-    def test_tokens_weights_and_dtype(self, tmp_path):
-        with pytest.raises(KeyboardInterrupt):
-            resume(tmp_path, progress=raise_at(1, KeyboardInterrupt))
-        changed = TinyModel()
-        with torch.no_grad():
-            changed.layers[1].up.bias[3] += 1
-        ids = tokens(N_SEQUENCES)
-        for model, other, field in [
-            (TinyModel(), tokens(N_SEQUENCES, seed=1), r"tokens\.xxh3"),
-            (changed, ids, r"model\.weights_xxh3"),
-            (TinyModel(dtype=torch.float32), ids, r"model\."),
-        ]:
-            with pytest.raises(DumpError, match=f"another dump: {field}"):
-                dump(model, other, tmp_path, **ARGUMENTS)
-
-    def test_weights_whose_names_differ_by_a_wrapper_alone(self, tmp_path):
-        """Of `weight` and `module.weight` neither is left out of the hash."""
-        one, other = nn.Module(), nn.Module()
-        for model, value in ((one, 0.0), (other, 1.0)):
-            model.module = nn.Linear(3, 3, bias=False)
-            nn.init.zeros_(model.module.weight)
-            model.weight = nn.Parameter(torch.full((3, 3), value))
-        assert weights_xxh3(one.state_dict()) != weights_xxh3(other.state_dict())
-
-    def test_a_wrapped_model_is_the_same_model(self, undisturbed, tmp_path):
-        with pytest.raises(KeyboardInterrupt):
-            resume(tmp_path, progress=raise_at(6000, KeyboardInterrupt))
-        dump(torch.nn.DataParallel(TinyModel()), tokens(N_SEQUENCES), tmp_path, **ARGUMENTS)
-        assert committed_bytes(tmp_path) == undisturbed
-
-    def test_a_record_of_another_dump_is_refused(self, tmp_path):
-        dump(TinyModel(), tokens(20), tmp_path / "a", names_filter=HOOKS)
-        dump(TinyModel(), tokens(20, seed=1), tmp_path / "b", names_filter=HOOKS)
-        (tmp_path / "a/dump.json").write_bytes((tmp_path / "b/dump.json").read_bytes())
-        with pytest.raises(DumpError, match=r"00000\.json: belongs to another plan"):
-            open_dump(tmp_path / "a")
 
 
 class TestUnfinished:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from dump_models import CONTEXT, TinyModel, committed_bytes, hooked, one_thread, tokens  # noqa: F401  a fixture
 from saes import LATENTS, TinySae
+from tiny_models import t5
 from torch import Tensor, nn
 
 import pyfacts
@@ -199,3 +200,9 @@ if __name__ == "__main__":
 
     torch.set_num_threads(1)
     dump(Path(sys.argv[1]), progress=die_at)
+
+
+def test_latents_of_a_decoder(tmp_path):
+    sae = pyfacts.SAE(torch.ones(40, 9), torch.ones(9), torch.ones(9, 40), torch.ones(40))
+    with pytest.raises(ValueError, match="belongs to a decoder"):
+        pyfacts.dump(t5(), [[1, 2]], tmp_path, saes={"decoder_blocks.0.mlp.hook_post": sae})

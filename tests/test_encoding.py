@@ -1,6 +1,7 @@
 """encode, decode and the record, against the plain twin in reference.py; bits are compared."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -410,3 +411,76 @@ def test_no_reader_leaves_the_planes(read: object, plane: str, at: int, value: i
     """Counts and starts that point elsewhere are refused by every reader, not followed."""
     with pytest.raises(RuntimeError, match="not a valid encoding"):
         read(altered(plane, at, value))  # type: ignore[operator]
+
+
+def test_a_slice_that_ends_before_it_begins():
+    assert len(pyfacts.encode(torch.ones(6, 3))[5:3]) == 0
+
+
+def test_norms_travel_too():
+    enc = pyfacts.encode(torch.randn(20, 30), min_abs=1.0)
+    assert enc.to("meta").sq_norm.shape == (20,)
+
+
+def test_nothing_dropped_is_zero_and_not_less():
+    for seed in range(50):
+        x = torch.randn(7, 33, generator=torch.Generator().manual_seed(seed))
+        assert pyfacts.encode(x, min_abs=1e-9).dropped_share >= 0
+
+
+def test_norms_of_a_slice_are_a_copy():
+    enc = pyfacts.encode(torch.randn(20, 30), min_abs=1.0)
+    part, before = enc[2:5], enc.sq_norm.clone()
+    part.sq_norm.zero_()
+    assert torch.equal(enc.sq_norm, before)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "min_abs"),
+    [
+        (torch.bfloat16, 1 + 2**-7, 1.006),
+        (torch.float16, 1 + 2**-10, 1 + 0.9 * 2**-10),
+        (torch.float32, 1 + 2**-23, 1 + 0.9 * 2**-23),
+        (torch.float16, torch.inf, 1e6),
+        (torch.bfloat16, torch.inf, 1e300),
+    ],
+)
+def test_a_threshold_between_two_numbers_or_beyond_all(dtype, value, min_abs):
+    assert pyfacts.encode(torch.tensor([[value]], dtype=dtype), min_abs=min_abs).nnz == 1
+
+
+@pytest.mark.parametrize("plane", ["index", "values"])
+def test_a_column_begins_where_the_one_before_ends(plane):
+    """What lies between belongs to no token."""
+    enc = pyfacts.encode(sparse(200, 300, 0.1, torch.float32))
+    which = ("index", "values").index(plane)
+    at, bytes_ = int(enc.tile_ptr[1, 0, which]), getattr(enc, plane)
+    tile_ptr = enc.tile_ptr.clone()
+    tile_ptr[1, :, which] += 1
+    longer = torch.cat([bytes_[:at], torch.ones(1, dtype=bytes_.dtype), bytes_[at:]])
+    broken = replace(enc, tile_ptr=tile_ptr, **{plane: longer})
+    for read in (broken.to_dense, broken.to_csr, lambda: broken[3:5], lambda: pyfacts.cat([enc, broken])):
+        with pytest.raises(RuntimeError, match="a tile start differs"):
+            read()
+
+
+@pytest.mark.parametrize("read", ["to_dense", "sparse_linear"])
+def test_a_bit_that_was_moved_beyond_the_columns_width(read):
+    """The popcount stays."""
+    x = torch.zeros(1, 100)
+    x[0, :60] = 1
+    enc = pyfacts.encode(x)
+    index = enc.index.clone()
+    index[0] &= 0xFE
+    index[12] |= 0x10
+    broken = replace(enc, index=index)
+    with pytest.raises(RuntimeError, match="beyond the column's width"):
+        broken.to_dense() if read == "to_dense" else pyfacts.sparse_linear(broken, torch.ones(100, 8))
+
+
+@pytest.mark.parametrize("read", ["neuron", "to_csr"])
+def test_positions_out_of_order_are_refused_by_every_reader(read):
+    enc = pyfacts.encode(sparse(3, 256, 0.05, torch.float32))
+    broken = replace(enc, index=enc.index.flip(0))
+    with pytest.raises(RuntimeError, match="strictly ascending"):
+        broken.neuron(3) if read == "neuron" else broken.to_csr()

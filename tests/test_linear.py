@@ -444,3 +444,23 @@ def test_gate_and_up_must_fit_each_other() -> None:
         pyfacts.gated_relu_encode(x, torch.ones(7, 5), torch.ones(8, 5))
     with pytest.raises(ValueError, match=r"b_up must be \[7\] for W_up"):
         pyfacts.gated_relu_encode(x, torch.ones(7, 5), torch.ones(7, 5), None, torch.ones(5))
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu2"])
+def test_gradients_pass_where_h_is_nan(activation):
+    x = torch.tensor([[1.0, torch.nan], [1.0, 2.0]], requires_grad=True)
+    w = torch.eye(2)
+    h, _ = pyfacts.linear_relu_encode(x, w, activation=activation, return_dense=True)
+    (ours,) = torch.autograd.grad(h.sum(), x)
+    z = torch.relu(x @ w.T)
+    (theirs,) = torch.autograd.grad((z if activation == "relu" else z**2).sum(), x)
+    assert torch.equal(ours.isnan(), theirs.isnan()) and torch.equal(ours.nan_to_num(7), theirs.nan_to_num(7))
+
+
+def test_batch_topk_prefers_the_earliest_token_though_its_block_comes_later():
+    """Token 0's ones lie behind the first block, whose own fill what is kept more than twice over."""
+    weight = torch.zeros(1024, 4)
+    weight[:256, 1:] = 1
+    weight[256:, 0] = 1
+    enc = pyfacts.linear_batch_topk_encode(torch.eye(4), weight, None, k=1)
+    assert enc.to_dense().nonzero().tolist() == [[0, j] for j in range(256, 260)]

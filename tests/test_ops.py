@@ -236,3 +236,26 @@ def test_one_thread_and_many_give_the_same_bytes() -> None:
     for a, b in zip(one.planes, many.planes, strict=True):
         assert torch.equal(a, b)
     assert_same_bits(many.to_dense(), x)
+
+
+OPS = torch.ops.pyfacts
+PLANES = pyfacts.encode(sparse(300, 300, 0.1, torch.float32)).planes
+HALF = pyfacts.encode(sparse(300, 300, 0.1, torch.float16)).planes
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: OPS.slice(*PLANES, 300, 5, 3), "out of range"),
+        (lambda: OPS.slice(*PLANES, 300, 0, 301), "out of range"),
+        (lambda: OPS.neuron(*PLANES, 300, 300), "out of range"),
+        (lambda: OPS.neuron(*PLANES, 300, -1), "out of range"),
+        (lambda: OPS.cat(*([a, b] for a, b in zip(PLANES, HALF, strict=True)), 300), "one dtype"),
+        (lambda: OPS.decode(PLANES[0].T.contiguous().T, *PLANES[1:], 300, False), "contiguous"),
+        (lambda: OPS.decode(*PLANES[:3], PLANES[3][:, :2].contiguous(), 300, False), "tile_ptr must be"),
+        (lambda: OPS.decode_out(*PLANES, 300, False, torch.empty(1, 300).expand(300, 300)), "whole rows apart"),
+    ],
+)
+def test_direct_callers_of_readers_are_checked_too(call, message):
+    with pytest.raises(RuntimeError, match=message):
+        call()

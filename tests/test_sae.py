@@ -7,9 +7,13 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import pyfacts
+from pyfacts.errors import CheckpointError
+from pyfacts.sae.checkpoint import Tensors
 from pyfacts.sae.fold import project, row_norms, scale_rows
+from pyfacts.sae.gated import gated_to_jumprelu
 
 D_IN, D_SAE = 6, 20
 GENERATOR = torch.Generator().manual_seed(0)
@@ -250,3 +254,48 @@ def test_saved_and_loaded_with_its_weights_only(tmp_path):
     again = torch.load(tmp_path / "sae.pt")["sae"]
     assert again.config() == sae.config()
     assert all(torch.equal(again.tensors()[name], tensor) for name, tensor in sae.tensors().items())
+
+
+def test_folding_rounds_once():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 48, generator=generator).bfloat16()
+    vector = torch.randn(48, generator=generator, dtype=torch.float64)
+    scale = torch.rand(64, generator=generator, dtype=torch.float64) + 0.5
+    assert torch.equal(project(weight, vector), weight.double() @ vector)
+    expected = (weight.double() * scale[:, None]).bfloat16()
+    scale_rows(weight, scale)
+    assert torch.equal(weight, expected)
+
+
+def test_metrics_of_halves_are_summed_in_float64():
+    generator = torch.Generator().manual_seed(0)
+    W = torch.linalg.qr(torch.randn(8, 8, generator=generator))[0].bfloat16()
+    sae = pyfacts.SAE(W, torch.zeros(8).bfloat16(), W.T.contiguous(), torch.zeros(8).bfloat16())
+    x = torch.randn(500, 8, generator=generator).bfloat16()
+    error = (x.double() - sae.decode(sae.encode(x)).double()).square().sum()
+    variance = (x.double() - x.double().mean(0)).square().sum()
+    assert sae.metrics(x).fvu == pytest.approx((error / variance).item(), rel=1e-9)
+
+
+def test_weights_that_were_tied(tmp_path):
+    """Scaling the one may not scale the other."""
+    W = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)) * 2
+    state = {"encoder.weight": W, "encoder.bias": torch.zeros(6), "decoder.weight": W.T, "bias": torch.zeros(4)}
+    torch.save(state, tmp_path / "ae.pt")
+    tied = pyfacts.load_sae(tmp_path / "ae.pt")
+    torch.save({name: tensor.clone() for name, tensor in state.items()}, tmp_path / "ae.pt")
+    apart = pyfacts.load_sae(tmp_path / "ae.pt")
+    assert torch.equal(tied.W_enc, apart.W_enc) and torch.equal(tied.W_dec, apart.W_dec)
+
+
+def test_every_latent_is_among_the_k(tmp_path):
+    shapes = {"encoder.weight": (8, 4), "encoder.bias": (8,), "W_dec": (8, 4), "b_dec": (4,)}
+    save_file({name: torch.ones(shape) for name, shape in shapes.items()}, tmp_path / "sae.safetensors")
+    (tmp_path / "cfg.json").write_text(json.dumps({"d_in": 4, "num_latents": 8, "k": 8}))
+    assert pyfacts.load_sae(tmp_path).k == 8
+
+
+def test_a_gate_that_underflows():
+    tensors = Tensors("x", {"r_mag": torch.tensor([0.0, -1e4]), "b_mag": torch.zeros(2), "b_gate": torch.zeros(2)})
+    with pytest.raises(CheckpointError, match="positive and finite"):
+        gated_to_jumprelu(tensors, torch.ones(2, 3), None)

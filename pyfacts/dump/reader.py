@@ -164,13 +164,13 @@ class Dump:
         for token, value in reader.top_tokens(j, k):
             start = token - window // 2
             start, stop, (document, position, token_ids) = self._around(token, start, start + window)
+            shard = self._plan_shard(token)
+            if shard not in firing:
+                firing[shard] = reader._neuron_in(shard, reader._feature(j))
+            tokens, found = firing[shard]
+            inside = slice(*np.searchsorted(tokens, (start, stop)))
             values = np.zeros(stop - start, np.float32)
-            for shard in range(self._plan_shard(start), self._plan_shard(stop - 1) + 1):
-                if shard not in firing:
-                    firing[shard] = reader._neuron_in(shard, reader._feature(j))
-                tokens, found = firing[shard]
-                inside = slice(*np.searchsorted(tokens, (start, stop)))
-                values[tokens[inside] - start] = found[inside]
+            values[tokens[inside] - start] = found[inside]
             here = token - start
             array = self.framework.array
             contexts.append(
@@ -279,14 +279,9 @@ class Dump:
         return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
 
     def _around(self, token: int, start: int, stop: int) -> tuple[int, int, tuple[np.ndarray, ...]]:
-        """Shrinks [start, stop) to committed neighbours of a token in its sequence; and reads their tokens."""
-        starts = self._plan.token_starts
-        low = high = self._plan_shard(token)
-        while low - 1 in self._records and starts[low] > start:
-            low -= 1
-        while high + 1 in self._records and starts[high + 1] < stop:
-            high += 1
-        start, stop = max(start, starts[low]), min(stop, starts[high + 1])
+        """Shrinks [start, stop) to neighbours of a token in its sequence, all in its shard; and reads their tokens."""
+        starts, shard = self._plan.token_starts, self._plan_shard(token)
+        start, stop = max(start, starts[shard]), min(stop, starts[shard + 1])
         tokens = self._read_tokens(range(start, stop))
         document, position, _ = tokens
         same = document == document[token - start]

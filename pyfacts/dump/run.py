@@ -12,8 +12,9 @@ import zstandard
 from torch import Tensor, nn
 
 from .. import __version__
+from ..ablate import excuse_ablations
 from ..attach import SaesByHook
-from ..models import NamesFilter
+from ..models import NamesFilter, unwrap
 from ..scalars import at_least_one
 from ..select import Select
 from ..stream import ActivationStream, check_neurons_to_select, check_select
@@ -158,7 +159,8 @@ def dump(
             caught_signals() as signals,
             ActivationStream(module, points, select=select, stop_early=True, saes=latents) as stream,
         ):
-            Worker(store, plan, source, stream, allow_dense, progress, signals).run(rank, world_size)
+            if not Worker(store, plan, source, stream, allow_dense, progress, signals).run(rank, world_size):
+                excuse_ablations(unwrap(module))
     d = Dump(store, "torch")
     if not d.complete:
         raise DumpError("records of committed shards have gone; dump again to compute these shards anew", path=d.path)

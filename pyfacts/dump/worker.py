@@ -81,8 +81,8 @@ class Worker:
         self._writing: list[Future[None]] = []
         self._committing: Future[None] | None = None
 
-    def run(self, rank: int, world_size: int) -> None:
-        """Computes the shards of this rank, then helps with what is left."""
+    def run(self, rank: int, world_size: int) -> bool:
+        """Computes the shards of this rank, then helps with what is left; whether there was anything to compute."""
         with self._store.write_errors():
             existing = self._read_plan()
             names = self._store.names()
@@ -108,6 +108,7 @@ class Worker:
             self._await_commit()
         self._sweep()
         self._report()
+        return bool(todo)
 
     # ---- the plan ----------------------------------------------------------------------------------------------------
 
