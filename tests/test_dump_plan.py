@@ -18,7 +18,7 @@ from tiny_models import opt
 from torch import nn
 
 import pyfacts
-from pyfacts.dump import DumpError, open_dump, run
+from pyfacts.dump import DumpError, fingerprint, open_dump, run
 from pyfacts.dump.fingerprint import weights_xxh3
 from pyfacts.dump.inputs import read_tokens
 from pyfacts.dump.run import dump
@@ -169,6 +169,22 @@ def test_a_model_directory_that_was_renamed(tmp_path):
     d = dump(tmp_path / "model", ids, tmp_path / "out", allow_dense=True)
     (tmp_path / "model").rename(tmp_path / "renamed")
     assert dump(tmp_path / "renamed", ids, tmp_path / "out", allow_dense=True).plan == d.plan
+
+
+@pytest.mark.parametrize("weights", ["here", "sharded"])
+def test_a_model_of_another_revision(weights, tmp_path, monkeypatch):
+    """Which may be a matter of its README, or of a copy on the disk; its weights tell, if all of them are here."""
+    if weights == "sharded":
+        monkeypatch.setattr(fingerprint, "weights_xxh3", lambda tensors: None)
+    model, ids = opt(), torch.randint(2, 40, (4, 9))
+    model.config._commit_hash = "0123abcd"
+    dump(model, ids, tmp_path, allow_dense=True)
+    model.config._commit_hash = None
+    if weights == "here":
+        assert dump(model, ids, tmp_path, allow_dense=True).plan["model"]["revision"] == "0123abcd"
+    else:
+        with pytest.raises(DumpError, match=r"another dump: model\.revision"):
+            dump(model, ids, tmp_path, allow_dense=True)
 
 
 def test_a_width_that_only_the_first_batch_tells(tmp_path):

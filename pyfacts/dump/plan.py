@@ -135,11 +135,13 @@ class Plan:
     def difference(self, other: "Plan") -> tuple[str, Any, Any] | None:
         """Returns the first field in which the plans differ, with both values.
 
-        A hook's dtype and width count only where both know them: the first batch tells.
+        A hook's dtype and width count only where both know them: the first batch tells. The model's revision counts
+        where its weights are not known: another one may have another README, and a copy on the disk has none.
         """
+        weights_known = self.model.get("weights_xxh3") and other.model.get("weights_xxh3")
         for name, mine, theirs in _differences("", self.to_dict(), other.to_dict()):
             unknown = name.endswith(("].dtype", "].width")) and not (mine and theirs)
-            if not unknown:
+            if not (unknown or (name == "model.revision" and weights_known)):
                 return name, mine, theirs
         return None
 
