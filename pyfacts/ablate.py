@@ -7,7 +7,7 @@ import math
 import operator
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, TypeAlias
 
@@ -110,23 +110,26 @@ class ablate(contextlib.ContextDecorator):
             features = _features(point, indices[point.name])
             ablation = Ablation(point.side, features, _values(point, features, values[point.name]))
             self._settings.append((point, names.model.get_submodule(point.module_path), ablation))
-        self._entered: list[contextlib.ExitStack] = []  # what closes it, for each time that it is open
+        # For each time that it is open: what closes it, and what is set by it, by hook.
+        self._entered: list[tuple[contextlib.ExitStack, dict[str, Ablation]]] = []
 
     def __enter__(self) -> None:
+        opened = {}
         with contextlib.ExitStack() as exit_stack:
             exit_stack.enter_context(eager())
-            for point, module, ablation in self._settings:
-                ablation.reached = False
+            for point, module, setting in self._settings:
+                ablation = opened[point.name] = replace(setting)
                 exit_stack.callback(add_hook(module, point.side, _setter(point, ablation)))
                 _open.setdefault(module, []).append(ablation)
                 exit_stack.callback(_open[module].remove, ablation)
-            self._entered.append(exit_stack.pop_all())
+            self._entered.append((exit_stack.pop_all(), opened))
 
     def __exit__(
         self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._entered.pop().close()
-        silent = [point.name for point, _, ablation in self._settings if not ablation.reached]
+        exit_stack, opened = self._entered.pop()
+        exit_stack.close()
+        silent = [name for name, ablation in opened.items() if not ablation.reached]
         if silent and exc_type is None:
             raise never_fired(silent)
 

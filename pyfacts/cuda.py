@@ -74,7 +74,7 @@ def linear_relu_encode(
         if not (FUSED and ops.fused_linear_relu_encode_out(*operands, dense, arena)):
             in_two_steps(arena, begin, end)
 
-    planes = pack(x, n_tokens, n_features, fill)
+    planes = pack(x, n_tokens, n_features, fill, least=CHUNK_TOKENS)
     if threshold is not None and bool(threshold.isnan().any()):  # asked only now that the GPU has been waited for
         raise ValueError(f"threshold must not be NaN, and that of feature {int(threshold.isnan().nonzero()[0])} is")
     return h, *planes
@@ -125,9 +125,12 @@ def _floor(activation: str, threshold: Tensor | None, weight: Tensor) -> Tensor:
         raise ValueError(f"unknown activation {activation}")
     if (activation == "jumprelu") != (threshold is not None):
         raise ValueError("jumprelu, and it alone, takes a threshold")
-    floor = weight.new_zeros(ops.columns_of(len(weight)) * ops.COLUMN_WIDTH)
+    n_features = len(weight)
+    floor = weight.new_zeros(ops.columns_of(n_features) * ops.COLUMN_WIDTH)
     if threshold is not None:
-        torch.clamp(threshold, min=0, out=floor[: len(weight)])
+        if threshold.shape != (n_features,) or threshold.dtype != weight.dtype:
+            raise ValueError(f"threshold must be [{n_features}] of x's dtype, got {threshold.dtype} {threshold.shape}")
+        floor[:n_features] = threshold.where(threshold > 0, 0)  # nor -0.0: the kernel compares bits
     return floor
 
 
@@ -136,10 +139,13 @@ def _linear(
 ) -> Callable[[int, int], Tensor]:
     """A function that gives x @ weight.T + bias of tokens [start, stop), up to `step`: in `out`, or until it is called
     again."""
-    scratch = None if out is not None else x.new_empty((min(step, len(x)), len(weight)))
+    scratch: Tensor | None = None
 
     def linear(start: int, stop: int) -> Tensor:
-        z = out[start:stop] if scratch is None else scratch[: stop - start]  # type: ignore[index]
+        nonlocal scratch
+        if out is None and scratch is None:
+            scratch = x.new_empty((min(step, len(x)), len(weight)))
+        z = scratch[: stop - start] if scratch is not None else out[start:stop]  # type: ignore[index]
         return torch.ops.aten.linear.out(x[start:stop], weight, bias, out=z)
 
     return linear
@@ -238,15 +244,18 @@ def in_chunks(compute: Callable[[int, int], Tensor], step: int, threshold: Tenso
     return fill
 
 
-def pack(like: Tensor, n_tokens: int, n_features: int, fill: Fill, n_values: int | None = None) -> Planes:
+def pack(
+    like: Tensor, n_tokens: int, n_features: int, fill: Fill, n_values: int | None = None, least: int = 0
+) -> Planes:
     """The planes of a matrix that `fill(arena, begin, end)` packs, tokens [begin, end) at a time.
 
     A small matrix is made in one piece. The pieces of a large one hold what is stored and no more, and are then joined.
-    If no more than n_values are known to be stored in all, pieces are longer, for they need less room.
+    If no more than n_values are known to be stored in all, pieces are longer, for they need less room. Pieces have at
+    least `least` tokens, whole tiles.
     """
     n_columns = ops.columns_of(n_features)
     room = WIDE_ARENA_BYTES if n_features >= WIDE else ARENA_BYTES
-    step = chunk_tokens(like, n_columns * ops.COLUMN_WIDTH, room)
+    step = max(least, chunk_tokens(like, n_columns * ops.COLUMN_WIDTH, room))
     if n_values is not None and n_values * like.itemsize <= room // 2:  # and as much for what pads each group
         padding = n_columns * ops.UNIT_BYTES * ops.TILE_TOKENS // ops.GROUP_TOKENS  # of a tile's groups
         step = max(step, room // 2 // padding * ops.TILE_TOKENS)

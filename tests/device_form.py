@@ -42,6 +42,7 @@ def encode_out(
     assert x.shape[1] == n_features
     if threshold is not None:
         assert threshold.shape == (len(counts) * WIDTH,) and threshold.dtype == x.dtype and min_abs == 0
+        assert not threshold.signbit().any()
         x = x.where((x > threshold[:n_features]) | x.isnan(), 0)
     groups = [(token, feature) for token in range(0, x.shape[0], GROUP) for feature in range(0, x.shape[1], WIDTH)]
     _order.shuffle(groups)

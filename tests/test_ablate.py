@@ -231,6 +231,14 @@ def test_the_first_of_a_named_tuple():
     assert isinstance(out, Pair) and out.n == 3 and (out.x[:, 1] == 7).all()
 
 
+def test_what_fails_within_does_not_count_against_it(model):
+    ablation = pyfacts.ablate(model, {HOOK: [5]})
+    with ablation:
+        model(tiny.tokens())
+        with pytest.raises(KeyError), ablation:
+            raise KeyError
+
+
 def test_opened_again_within_itself_and_as_a_decorator(model):
     plain, ablation = model(tiny.tokens()).logits, pyfacts.ablate(model, {HOOK: [1, 2]}, value=9.0)
 

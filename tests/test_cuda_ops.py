@@ -108,11 +108,29 @@ def test_opcheck_of_the_device_form() -> None:
     ops.encode_out(x, arena)
     _, index, values, tile_ptr = ops.encode(x, 0.0, False)
     sizes = torch.empty(2, dtype=torch.int64)
-    torch.library.opcheck(OPS.encode_out.default, (x, 0.0, False, None, 0, 300, *arena.buffers))
+    for threshold in (None, torch.ones(512, dtype=torch.bfloat16)):
+        arena.cursor.zero_()
+        torch.library.opcheck(OPS.encode_out.default, (x, 0.0, False, threshold, 0, 300, *arena.buffers))
     arena.cursor.zero_()
     ops.encode_out(x, arena)
     torch.library.opcheck(OPS.canonicalise.default, (*arena.buffers, 300))
     torch.library.opcheck(OPS.canonicalise_out.default, (*arena.buffers, 300, index, values, tile_ptr, sizes))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "n_features"), [(torch.bfloat16, 131072), (torch.bfloat16, 262144), (torch.float32, 131072)]
+)
+def test_pieces_are_as_long_as_a_product_should_be(dtype: torch.dtype, n_features: int) -> None:
+    """Reading the weight of a wide encoder has to be worth it."""
+    pieces = []
+
+    def fill(arena: ops.Arena, begin: int, end: int) -> None:
+        pieces.append(end - begin)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cuda.pack(torch.empty(0, dtype=dtype), 1000, n_features, fill, least=cuda.CHUNK_TOKENS)
+    assert pieces == [256]
 
 
 # ---- encoders that compute what they encode --------------------------------------------------------------------------
@@ -133,6 +151,7 @@ def test_linear_relu_encode(
     x, weight, bias = operands(shape, dtype)
     z = linear(x, weight, bias if with_bias else None)
     threshold = whole_numbers(shape[2], dtype=dtype, seed=3)  # above, below and at zero
+    threshold[::7] = -0.0
     given = [t.to(device) for t in (x, weight, bias, threshold)]
     if not with_bias:
         given[2] = None

@@ -1,11 +1,13 @@
 """Damaged and hostile dumps: a reader gives the right answer or a DumpError that names the file, and nothing else."""
 
+import contextlib
 import json
 import os
 import random
 import shutil
 import struct
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ import pytest
 import tiny_models as tiny
 import xxhash
 import zstandard
-from dump_models import HOOKS, TinyModel, resume, tokens
+from dump_models import HOOKS, TinyModel, tokens
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_dump_golden import GOLDEN, make
@@ -359,6 +361,7 @@ class TestWhatIsWrongIsSaid:
         [
             ("document", 0, -1, "document.*: -1"),
             ("document", 3, 1, "document.*: 0"),
+            ("document", 19, 9, "00001.*document.*: 3"),
             ("position", 0, -1, "position.*: -1"),
             ("position", 4, 3, "position.*: 3"),
             ("token_ids", 5, -1, "token_ids.*: -1"),
@@ -496,13 +499,23 @@ class TestWhatIsWrongIsSaid:
             assert not survives(golden)
 
 
+@contextlib.contextmanager
+def little_memory():
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < 10e6
+    finally:
+        tracemalloc.stop()
+
+
 SAE = {"d_in": 8, "d_sae": 300, "config": {"k": 4}, "weights_xxh3": "0" * 32}
 
 
 class TestRecords:
     @pytest.mark.parametrize("codec", ["none"])
     @pytest.mark.parametrize(
-        "name", ["../elsewhere", "/etc", "..", "", "a/b", "a\\b", "a\0b", "\x1b[31m", 7, None, "x" * 5000]
+        "name", ["../elsewhere", "/etc", "..", "", "a/b", "a\\b", "a\0b", "\x1b[31m", "\ud800", 7, None, "x" * 5000]
     )
     @pytest.mark.parametrize("field", ["directory", "tokens_file", "hook_files"])
     def test_names_stay_inside(self, codec, golden, name, field):
@@ -583,6 +596,8 @@ class TestRecords:
             (lambda p: p["hooks"][0].update(kind="x"), "kind 'x'; this pyfacts reads neurons, rows"),
             (lambda p: p["hooks"][0].update(note=1), r"'hooks\[0\].note' is 1, where this format has no such key"),
             (lambda p: p.update(note="x"), "'note' is 'x', where this format has no such key"),
+            (lambda p: p.update(note=None), "'note' is None, where this format has no such key"),
+            (lambda p: p["shards"].update(note=None), "'shards.note' is None, where this format has no such key"),
             (lambda p: p.update(version=True), "'version' is True, where this format has 1"),
             (lambda p: p["hooks"][0].update(dtype="int8"), "int8"),
             (lambda p: p["shards"].update(tokens=[0, 5, 5]), "ascend"),
@@ -643,15 +658,15 @@ class TestRecords:
             forger = Forger(golden, shard=shard)
             forger.record["plan_xxh3"] = value["xxh3"]
             forger.sign_record()
-        import tracemalloc
-
-        tracemalloc.start()
-        hook = open_dump(golden, framework="numpy")[make.HOOKS[0].name]
-        for read in (hook.feature_stats, lambda: hook[0:10], lambda: hook.neuron(0), lambda: hook.top_tokens(0)):
-            with pytest.raises(DumpError, match="n_features = '300', plan and commit record say '2147483647'"):
-                read()
-        assert tracemalloc.get_traced_memory()[1] < 10e6
-        tracemalloc.stop()
+        with little_memory():
+            hook = open_dump(golden, framework="numpy")[make.HOOKS[0].name]
+            for read in (hook.feature_stats, lambda: hook[0:10], lambda: hook.neuron(0), lambda: hook.top_tokens(0)):
+                with pytest.raises(DumpError, match="n_features = '300', plan and commit record say '2147483647'"):
+                    read()
+            for record in golden.glob("0*.json"):
+                record.unlink()
+            stats = open_dump(golden, framework="numpy")[make.HOOKS[0].name].feature_stats()
+            assert stats.nnz.shape == stats.max.shape == ((1 << 31) - 1,) and stats.nnz[7] == 0
 
     @pytest.mark.parametrize("codec", ["zstd"])
     def test_tokens_are_bounded_by_the_tokens_file(self, codec, golden):
@@ -665,19 +680,15 @@ class TestRecords:
         forger = Forger(golden)
         forger.record |= {"plan_xxh3": value["xxh3"], "blocks": [n]}
         forger.sign_record()
-        import tracemalloc
-
-        tracemalloc.start()
-        d = open_dump(golden, framework="numpy")
-        for read in (d.verify, lambda: d[make.HOOKS[0].name][0:10], lambda: d[make.HOOKS[0].name].neuron(0)):
-            with pytest.raises(DumpError, match=r"tokens\.safetensors"):
-                read()
-        assert tracemalloc.get_traced_memory()[1] < 10e6
-        tracemalloc.stop()
+        with little_memory():
+            d = open_dump(golden, framework="numpy")
+            for read in (d.verify, lambda: d[make.HOOKS[0].name][0:10], lambda: d[make.HOOKS[0].name].neuron(0)):
+                with pytest.raises(DumpError, match=r"tokens\.safetensors"):
+                    read()
 
 
 def test_a_neighbour_of_a_longer_name_is_not_inside(tmp_path):
-    resume(tmp_path / "out")
+    dump(TinyModel(), tokens(20), tmp_path / "out", names_filter=HOOKS)
     (tmp_path / "out-of-reach").mkdir()
     (tmp_path / "out/00000.json").rename(tmp_path / "out-of-reach/record")
     (tmp_path / "out/00000.json").symlink_to(tmp_path / "out-of-reach/record")

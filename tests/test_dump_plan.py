@@ -171,12 +171,14 @@ def test_a_model_directory_that_was_renamed(tmp_path):
     assert dump(tmp_path / "renamed", ids, tmp_path / "out", allow_dense=True).plan == d.plan
 
 
-@pytest.mark.parametrize("weights", ["here", "sharded"])
+@pytest.mark.parametrize("weights", ["here", "sharded", "with code"])
 def test_a_model_of_another_revision(weights, tmp_path, monkeypatch):
     """Which may be a matter of its README, or of a copy on the disk; its weights tell, if all of them are here."""
     if weights == "sharded":
         monkeypatch.setattr(fingerprint, "weights_xxh3", lambda tensors: None)
     model, ids = opt(), torch.randint(2, 40, (4, 9))
+    if weights == "with code":
+        model.config.auto_map = {"AutoModel": "modeling.Opt"}
     model.config._commit_hash = "0123abcd"
     dump(model, ids, tmp_path, allow_dense=True)
     model.config._commit_hash = None
@@ -213,7 +215,8 @@ def test_a_plan_alone_may_be_deleted(tmp_path):
         resume(tmp_path, progress=raise_at(1, KeyboardInterrupt))
     with pytest.raises(DumpError, match="no committed shard yet"):
         resume(tmp_path, batch_size=4)
-    resume(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        resume(tmp_path, progress=raise_at(5121, KeyboardInterrupt))
     with pytest.raises(DumpError) as caught:
         resume(tmp_path, batch_size=4)
     assert "no committed shard" not in str(caught.value)

@@ -176,9 +176,9 @@ def test_what_a_record_names_is_on_the_disk_before_it(tmp_path, monkeypatch):
         path = os.readlink(f"/proc/self/fd/{fd}")
         done.append(path)
         if path.endswith(".json"):
-            assert json.loads(open(path).read())
+            assert json.loads(Path(path).read_text())
         elif os.path.isfile(path) and ".probe-" not in path:
-            assert open(path, "rb").read(8) != bytes(8)  # the header, which is written last
+            assert Path(path).read_bytes()[:8] != bytes(8)  # the header, which is written last
 
     def recorded_link(source, target):
         if str(target).endswith("00000.json"):

@@ -2,8 +2,8 @@
 // cuBLASLt's product with bias and ReLU, which writes the dense matrix.
 //
 //   nvcc -std=c++17 -O3 -DNDEBUG -t 0 -gencode=arch=compute_90a,code=sm_90a --expt-relaxed-constexpr \
-//     -isystem $CUTLASS/include bench/cuda/fused_vs_cublas.cu csrc/cuda/linear_relu_encode*.cu -lcublasLt -o
-//     fused_vs_cublas
+//     -isystem $CUTLASS/include bench/cuda/fused_vs_cublas.cu csrc/cuda/linear_relu_encode*.cu \
+//     -lcublasLt -o fused_vs_cublas
 //   ./fused_vs_cublas            both; `--check` or `--time` for one of them
 //
 // Right means, on small ragged shapes: sums of small integers, exact in float32 in any order, so that h must be the

@@ -28,6 +28,16 @@ _NOT_COMPARED = {"created_with", "xxh3", "model.name", "tokens.tokenizer"}
 _DIGEST = re.compile("[0-9a-f]{16}")
 
 
+class _Absent:
+    """What a key that is not there holds."""
+
+    def __repr__(self) -> str:
+        return "no such key"
+
+
+_ABSENT = _Absent()
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a dump is going to hold; every worker derives the same.
@@ -129,16 +139,20 @@ class Plan:
             created_with=value["created_with"],
         )
         for name, known, there in _differences("", plan.to_dict(), value):
-            fail(f"{name!r:.80} is {there!r:.80}, where this format has {'no such key' if known is None else known}")
+            fail(f"{name!r:.80} is {there!r:.80}, where this format has {known!r}")
         return plan
 
     def difference(self, other: "Plan") -> tuple[str, Any, Any] | None:
         """Returns the first field in which the plans differ, with both values.
 
         A hook's dtype and width count only where both know them: the first batch tells. The model's revision counts
-        where its weights are not known: another one may have another README, and a copy on the disk has none.
+        where its weights are not known, or its code came with it: another one may have another README, and a copy on
+        the disk has none.
         """
-        weights_known = self.model.get("weights_xxh3") and other.model.get("weights_xxh3")
+        weights_known = all(
+            plan.model.get("weights_xxh3") and "auto_map" not in (plan.model.get("config") or {})
+            for plan in (self, other)
+        )
         for name, mine, theirs in _differences("", self.to_dict(), other.to_dict()):
             unknown = name.endswith(("].dtype", "].width")) and not (mine and theirs)
             if not (unknown or (name == "model.revision" and weights_known)):
@@ -395,8 +409,10 @@ def _parse_file(entry: Any, fail: Callable[[str], NoReturn]) -> FileRecord:
 
 def _plain_name(name: Any, fail: Callable[[str], NoReturn]) -> str:
     """A name that stays in its directory, and can be shown."""
-    if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\") or not name.isprintable():
+    if not isinstance(name, str) or name in ("", ".", "..") or any(c in name for c in "/\\"):
         fail(f"{name!r:.200} is no plain name: paths may not lead out of the dump")
+    if not name.isprintable():
+        fail(f"{name!r:.200} holds characters that cannot be shown")
     return name
 
 
@@ -406,7 +422,7 @@ def _differences(name: str, mine: Any, theirs: Any) -> Iterator[tuple[str, Any, 
         return
     if isinstance(mine, dict) and isinstance(theirs, dict):
         for key in [*mine, *(key for key in theirs if key not in mine)]:
-            yield from _differences(f"{name}.{key}".lstrip("."), mine.get(key), theirs.get(key))
+            yield from _differences(f"{name}.{key}".lstrip("."), mine.get(key, _ABSENT), theirs.get(key, _ABSENT))
     elif isinstance(mine, list) and isinstance(theirs, list) and len(mine) == len(theirs):
         for i, (a, b) in enumerate(zip(mine, theirs, strict=True)):
             yield from _differences(f"{name}[{i}]", a, b)

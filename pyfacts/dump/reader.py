@@ -226,8 +226,9 @@ class Dump:
         Raises:
             DumpError: at the first fault, naming file, tensor and offset.
         """
+        last = -1, -1
         for record in self._records.values():
-            verify_tokens_file(TokensFile(self._store, record), self._plan.tokens.get("highest_id"))
+            last = verify_tokens_file(TokensFile(self._store, record), last, self._plan.tokens.get("highest_id"))
             for spec in self._plan.hooks:
                 verify_hook_file(HookFile(self._store, self._plan, record, spec))
         return VerifyReport(
@@ -439,8 +440,9 @@ class DumpedHook:
         """Returns the statistics of every feature over the committed tokens; no activation is read."""
         self._neurons_only()
         shards = list(self._dump._records)
-        for shard in shards[:1]:
-            self._file(shard)  # proves the width before anything is allocated for it
+        if not shards:  # and no file that would prove the width before anything is allocated for it
+            return FeatureStats(0, *(np.broadcast_to(array, self.width) for array in new_statistics(1)))
+        self._file(shards[0])
         nnz, total, total_sq, maximum = new_statistics(self.width)
         for shard in shards:
             stats = self._file(shard).statistics()

@@ -270,26 +270,36 @@ class TokensFile:
         return arrays[0], arrays[1], arrays[2]
 
 
-def verify_tokens_file(file: TokensFile, highest_id: Any) -> None:
-    """Reads everything, checks that tokens ascend by document and position and that their ids can be; DumpError."""
+def verify_tokens_file(file: TokensFile, last: tuple[int, int], highest_id: Any) -> tuple[int, int]:
+    """Reads everything; checks that tokens ascend by document and position, and that their ids can be; DumpError.
+
+    Args:
+        last: document and position of the token before, or -1.
+        highest_id: the plan's, which may be anything.
+
+    Returns:
+        Document and position of the last token.
+    """
     document, position, token_ids = file.read()
-    highest = highest_id if is_size(highest_id) else 2**63 - 1
-    document_before, position_before = (np.append(-1, array[:-1]) for array in (document, position))
+    document_before, position_before = (
+        np.append(at, array[:-1]) for at, array in zip(last, (document, position), strict=True)
+    )
     repeats = (document == document_before) & (position <= position_before)
-    for name, array, bad in (
-        ("document", document, (document < 0) | (document < document_before)),
-        ("position", position, (position < 0) | repeats),
-        ("token_ids", token_ids, (token_ids < 0) | (token_ids > highest)),
+    highest = highest_id if is_size(highest_id) else 2**63 - 1
+    for name, array, bad, rule in (
+        ("document", document, (document < 0) | (document < document_before), "documents are 0 or more, and ascend"),
+        ("position", position, (position < 0) | repeats, "positions are 0 or more, and ascend within a document"),
+        ("token_ids", token_ids, (token_ids < 0) | (token_ids > highest), f"ids are 0 to {highest}"),
     ):
         if bad.any():
             token = int(bad.argmax())
             raise DumpError(
-                f"{array[token]} cannot be that of the shard's token {token}: documents and positions ascend, and ids "
-                f"are 0 to {highest}",
+                f"{array[token]} cannot be that of the shard's token {token}: {rule}",
                 path=file._file.path,
                 tensor=name,
                 offset=file._file.offset(name),
             )
+    return int(document[-1]), int(position[-1])
 
 
 def verify_hook_file(file: HookFile) -> None:

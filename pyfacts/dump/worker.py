@@ -82,7 +82,7 @@ class Worker:
         self._committing: Future[None] | None = None
 
     def run(self, rank: int, world_size: int) -> bool:
-        """Computes the shards of this rank, then helps with what is left; whether there was anything to compute."""
+        """Computes the shards of this rank, then helps with what is left; whether the model has run."""
         with self._store.write_errors():
             existing = self._read_plan()
             names = self._store.names()
@@ -94,6 +94,7 @@ class Worker:
         self._done = set(range(self._plan.n_shards)).difference(todo)
         self._tokens_resumed = self._tokens_done = self._plan.n_tokens - sum(map(self._shard_tokens, todo))
         shard = self._next()
+        has_run = shard is not None
         if shard is not None:
             self._probe(shard)
             if existing is None:
@@ -108,7 +109,7 @@ class Worker:
             self._await_commit()
         self._sweep()
         self._report()
-        return bool(todo)
+        return has_run
 
     # ---- the plan ----------------------------------------------------------------------------------------------------
 
