@@ -156,7 +156,7 @@ class Plan:
         for name, mine, theirs in _differences("", self.to_dict(), other.to_dict()):
             unknown = name.endswith(("].dtype", "].width")) and not (mine and theirs)
             if not (unknown or (name == "model.revision" and weights_known)):
-                return name, mine, theirs
+                return name, None if mine is _ABSENT else mine, None if theirs is _ABSENT else theirs
         return None
 
 
